@@ -1,0 +1,104 @@
+//! The command line: one subcommand a scenario.
+//!
+//! Exit codes: 0 the run went well, 1 it failed (a check, memory, a file), 2 wrong usage. An error is one line on
+//! standard error that names the thing.
+
+use crate::report::{Error, Output};
+use crate::{demand_paging, replay};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const AFTER_HELP: &str = "\
+Figures are nanoseconds per operation unless they say otherwise. They differ between machines; the ratios of
+contenders measured in one run carry over.
+
+Examples:
+  tdp-bench demand-paging                                   a first look, a few seconds
+  tdp-bench demand-paging -v 2 -b 1G -f both --json out.json
+  tdp-bench replay traces/linux-boot.zst";
+
+#[derive(Debug, Parser)]
+#[command(name = "tdp-bench", version, about = "Benchmarks of the tdp lock-free two-dimensional-paging MMU", after_help = AFTER_HELP)]
+struct Cli {
+    /// Write the results, raw nanoseconds included, as JSON to FILE, or to standard output with '-' (the readable
+    /// table then goes to standard error)
+    #[arg(long, global = true, value_name = "FILE|-", help_heading = "Output")]
+    json: Option<PathBuf>,
+    #[command(subcommand)]
+    scenario: Scenario,
+}
+
+#[derive(Debug, Subcommand)]
+enum Scenario {
+    DemandPaging(demand_paging::Args),
+    Replay(replay::Args),
+}
+
+impl Scenario {
+    fn run(&self, output: &Output) -> Result<(), Error> {
+        match self {
+            Self::DemandPaging(args) => demand_paging::run(args, output),
+            Self::Replay(args) => replay::run(args, output),
+        }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs the command line `args`, the program's name included.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let parsed = Cli::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            // A reader that went away is not an error.
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&Error::Usage(one_line(&error))),
+    };
+    let outcome = Output::new(cli.json.as_deref()).and_then(|output| cli.scenario.run(&output));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    // Nowhere left to complain to if standard error is gone.
+    let _ = writeln!(io::stderr(), "error: {}", error.to_string().replace('\n', " "));
+    error.exit_code()
+}
+
+/// Clap's message on one line: what is wrong and, if it has one, its tip; not the usage.
+fn one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "no scenario given; try --help".to_owned();
+    }
+    let text = error.render().to_string();
+    let told: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    let told = told.join(" ");
+    told.strip_prefix("error: ").unwrap_or(&told).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,16 @@
+//! Benchmarks of the `tdp` memory-management unit.
+//!
+//! Every scenario is a module of its own behind a subcommand of `tdp-bench` ([`cli`]). It measures the library and,
+//! in the same process and interleaved with it, what a user would otherwise write or take ([`baseline`]), because
+//! only ratios carry over from one machine to another. [`report`] is what the scenarios share towards the outside.
+
+pub mod baseline;
+pub mod cli;
+pub mod demand_paging;
+pub mod formats;
+pub mod race;
+pub mod replay;
+pub mod report;
+pub mod size;
+pub mod sync;
+pub mod sys;

@@ -1,0 +1,385 @@
+//! Timing: contenders resolve the same pages in the same order, from one thread or from many at once.
+//!
+//! How the clock is read:
+//!
+//! * every thread stamps its own start and end, after a common start line, so that waking and joining threads is in
+//!   no figure;
+//! * one vCPU is charged its thread's processor time, which the rest of the machine disturbs less than wall time;
+//!   many vCPUs are charged the wall time from the first start to the last end, divided by all operations;
+//! * contenders take turns, round by round, in one process; a slow spell of the machine meets all of them alike.
+
+use crate::report::Error;
+use crate::sync::{AtomicUsize, Ordering, Padded};
+use crate::sys;
+use serde::Serialize;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+use tdp_arch::{Gfn, Level, Pfn};
+
+/// Something that resolves faults, and can be brought back to where nothing is mapped.
+pub trait Contender: Sync {
+    /// What a thread keeps to itself.
+    type Worker: Send;
+    /// Why an operation failed.
+    type Failure: Into<Error>;
+
+    /// The state of one more thread.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be had.
+    fn worker(&self) -> Result<Self::Worker, Error>;
+
+    /// Resolves a write to `gfn`: afterwards it is mapped. The timed operation.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be resolved; the lap ends.
+    fn resolve(&self, worker: &mut Self::Worker, gfn: Gfn) -> Result<(), Self::Failure>;
+
+    /// Makes the next lap start from nothing mapped. Not timed; no worker is at work.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be done.
+    fn reset(&mut self) -> Result<(), Error>;
+
+    /// Where `gfn` is mapped, asked of the tables and not of what was meant to be in them. No worker is at work.
+    fn translate(&self, gfn: Gfn) -> Option<Translation>;
+}
+
+/// Where a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Host frame of the guest frame asked for.
+    pub pfn: Pfn,
+    /// Size of the page.
+    pub level: Level,
+    /// A guest may read, write and execute it.
+    pub permitted: bool,
+}
+
+/// The pages that one thread resolves, in its order.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// `count` pages from the `first`-th, every `step`-th.
+    Stride {
+        /// Number of the first page.
+        first: u64,
+        /// Pages from one to the next.
+        step: u64,
+        /// How many.
+        count: u64,
+    },
+    /// The pages with these numbers.
+    List(Vec<u32>),
+}
+
+impl Order {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Stride { count, .. } => *count,
+            Self::List(list) => list.len() as u64,
+        }
+    }
+}
+
+/// What a lap consists of.
+#[derive(Clone, Debug)]
+pub struct Course {
+    /// First frame of guest memory.
+    pub base: Gfn,
+    /// Size of the pages that the orders number.
+    pub page: Level,
+    /// One order a thread.
+    pub orders: Vec<Order>,
+    /// Processor for each thread; empty to leave them to the scheduler.
+    pub cpus: Vec<usize>,
+}
+
+impl Course {
+    /// Operations in a lap.
+    pub fn operations(&self) -> u64 {
+        self.orders.iter().map(Order::len).sum()
+    }
+
+    #[inline(always)]
+    fn gfn(&self, number: u64) -> Gfn {
+        Gfn(self.base.0 + (number << self.page.gfn_shift()))
+    }
+}
+
+/// One lap's figures.
+#[derive(Clone, Copy, Debug)]
+pub struct Lap {
+    /// From the first thread's start to the last one's end.
+    pub wall: Duration,
+    /// Processor time of all threads together.
+    pub cpu: Duration,
+}
+
+/// Where threads wait for each other before the clock starts. They spin: a thread that has to be woken starts late.
+struct StartLine {
+    missing: AtomicUsize,
+}
+
+impl StartLine {
+    fn new(threads: usize) -> Self {
+        Self { missing: AtomicUsize::new(threads) }
+    }
+
+    fn wait(&self) {
+        self.missing.fetch_sub(1, Ordering::AcqRel);
+        let mut spins = 0_u32;
+        while self.missing.load(Ordering::Acquire) != 0 {
+            // With more threads than processors the others need this one's.
+            spins += 1;
+            if spins % 1024 == 0 {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+/// Runs one lap: `workers[i]` takes the `i`-th order of `course`.
+///
+/// # Errors
+///
+/// The first failure of an operation, or a processor that a thread cannot be tied to.
+///
+/// # Panics
+///
+/// If there are fewer workers than orders, or if a contender does.
+pub fn lap<C: Contender>(
+    contender: &C,
+    workers: &mut [Padded<C::Worker>],
+    course: &Course,
+) -> Result<Lap, Error> {
+    assert!(workers.len() >= course.orders.len(), "a worker for every order");
+    let line = StartLine::new(course.orders.len());
+    let runs: Vec<Result<Run, Error>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = workers
+            .iter_mut()
+            .zip(&course.orders)
+            .enumerate()
+            .map(|(i, (worker, order))| {
+                let (line, cpu) = (&line, course.cpus.get(i).copied());
+                scope.spawn(move || run(contender, &mut worker.0, course, order, cpu, line))
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let runs = runs.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let start = runs.iter().map(|run| run.start).min();
+    let end = runs.iter().map(|run| run.end).max();
+    let wall = start.zip(end).map_or(Duration::ZERO, |(start, end)| end - start);
+    Ok(Lap { wall, cpu: runs.iter().map(|run| run.cpu).sum() })
+}
+
+/// One thread's part of a lap.
+struct Run {
+    start: Instant,
+    end: Instant,
+    cpu: Duration,
+}
+
+fn run<C: Contender>(
+    contender: &C,
+    worker: &mut C::Worker,
+    course: &Course,
+    order: &Order,
+    cpu: Option<usize>,
+    line: &StartLine,
+) -> Result<Run, Error> {
+    let pinned = cpu.map_or(Ok(()), |cpu| {
+        sys::pin(cpu).map_err(|e| Error::Usage(format!("--cpus {cpu}: cannot run there: {e}")))
+    });
+    // Whoever fails must still cross the line, or the others wait for ever.
+    line.wait();
+    pinned?;
+    let (cpu, start) = (sys::thread_time(), Instant::now());
+    let outcome = traverse(contender, worker, course, order);
+    let end = Instant::now();
+    let cpu = sys::thread_time() - cpu;
+    outcome.map_err(Into::into)?;
+    Ok(Run { start, end, cpu })
+}
+
+/// The timed loop.
+#[inline(never)]
+fn traverse<C: Contender>(
+    contender: &C,
+    worker: &mut C::Worker,
+    course: &Course,
+    order: &Order,
+) -> Result<(), C::Failure> {
+    match order {
+        Order::Stride { first, step, count } => {
+            let mut number = *first;
+            for _ in 0..*count {
+                black_box(contender.resolve(worker, course.gfn(number)))?;
+                number += step;
+            }
+        }
+        Order::List(list) => {
+            for number in list {
+                black_box(contender.resolve(worker, course.gfn(u64::from(*number))))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The laps of one contender on one course, round by round.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Laps {
+    /// Threads.
+    pub vcpus: usize,
+    /// Operations in a lap, of all threads together.
+    pub operations: u64,
+    /// Wall nanoseconds of each lap, in the order of the rounds.
+    pub wall_ns: Vec<u64>,
+    /// Processor nanoseconds of each lap, of all threads together.
+    pub cpu_ns: Vec<u64>,
+}
+
+impl Laps {
+    /// No lap yet, of `course`.
+    pub fn of(course: &Course) -> Self {
+        Self { vcpus: course.orders.len(), operations: course.operations(), ..Self::default() }
+    }
+
+    /// Adds a lap.
+    pub fn push(&mut self, lap: Lap) {
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.wall_ns.push(ns(lap.wall));
+        self.cpu_ns.push(ns(lap.cpu));
+    }
+
+    /// Nanoseconds an operation, round by round, by the clock that counts for this number of threads.
+    pub fn per_operation(&self) -> Vec<f64> {
+        let clock = if self.vcpus == 1 { &self.cpu_ns } else { &self.wall_ns };
+        self.by(clock)
+    }
+
+    /// Wall nanoseconds an operation, round by round.
+    pub fn wall_per_operation(&self) -> Vec<f64> {
+        self.by(&self.wall_ns)
+    }
+
+    fn by(&self, clock: &[u64]) -> Vec<f64> {
+        clock.iter().map(|ns| *ns as f64 / self.operations as f64).collect()
+    }
+}
+
+/// The middle of `values` (of an even number the mean of the two in the middle); `NAN` of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let half = sorted.len() / 2;
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[half],
+        _ => f64::midpoint(sorted[half - 1], sorted[half]),
+    }
+}
+
+/// The smallest of `values`; `NAN` of none.
+pub fn minimum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::NAN, f64::min)
+}
+
+/// `theirs` over `ours`: the median over the rounds, each round's laps having run close together.
+pub fn paired_ratio(theirs: &[f64], ours: &[f64]) -> f64 {
+    median(&theirs.iter().zip(ours).map(|(theirs, ours)| theirs / ours).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    #[test]
+    fn middles() {
+        assert!(median(&[]).is_nan());
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(minimum(&[2.0, 1.0]), 1.0);
+        assert_eq!(paired_ratio(&[2.0, 8.0, 9.0], &[1.0, 2.0, 3.0]), 3.0);
+    }
+
+    /// Counts how often each page was resolved.
+    struct Tally(Mutex<BTreeMap<u64, u32>>);
+
+    impl Contender for Tally {
+        type Worker = ();
+        type Failure = Error;
+
+        fn worker(&self) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn resolve(&self, (): &mut (), gfn: Gfn) -> Result<(), Error> {
+            if gfn.0 == 0xdead {
+                return Err(Error::Check("dead".to_owned()));
+            }
+            *self.0.lock().unwrap().entry(gfn.0).or_default() += 1;
+            Ok(())
+        }
+
+        fn reset(&mut self) -> Result<(), Error> {
+            self.0.get_mut().unwrap().clear();
+            Ok(())
+        }
+
+        fn translate(&self, _gfn: Gfn) -> Option<Translation> {
+            None
+        }
+    }
+
+    fn course(orders: Vec<Order>) -> Course {
+        Course { base: Gfn(0x1000), page: Level::L2, orders, cpus: Vec::new() }
+    }
+
+    #[test]
+    fn every_page_of_every_order_is_resolved() {
+        let tally = Tally(Mutex::default());
+        let course = course(vec![
+            Order::Stride { first: 1, step: 2, count: 3 },
+            Order::List(vec![9, 7, 5]),
+        ]);
+        let lap = lap(&tally, &mut [Padded(()), Padded(())], &course).unwrap();
+        let expected = [(1, 1), (3, 1), (5, 2), (7, 1), (9, 1)].map(|(n, times)| (0x1000 + n * 512, times));
+        assert_eq!(*tally.0.lock().unwrap(), BTreeMap::from(expected));
+        assert_eq!(course.operations(), 6);
+        assert!(lap.wall > Duration::ZERO);
+    }
+
+    #[test]
+    fn a_failure_ends_the_lap_with_its_error() {
+        let course = Course {
+            base: Gfn(0),
+            page: Level::L1,
+            orders: vec![
+                Order::Stride { first: 0, step: 1, count: 10 },
+                Order::Stride { first: 0xdead, step: 1, count: 1 },
+            ],
+            cpus: Vec::new(),
+        };
+        let error = lap(&Tally(Mutex::default()), &mut [Padded(()), Padded(())], &course).unwrap_err();
+        assert_eq!(error.to_string(), "dead");
+    }
+
+    #[test]
+    fn a_processor_that_does_not_exist_is_an_error_for_all() {
+        let mut course = course(vec![Order::Stride { first: 0, step: 1, count: 1 }; 2]);
+        course.cpus = vec![0, usize::MAX];
+        assert!(lap(&Tally(Mutex::default()), &mut [Padded(()), Padded(())], &course).is_err());
+    }
+}

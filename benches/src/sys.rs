@@ -1,0 +1,73 @@
+//! The three things that a measurement needs from the operating system: a thread's processor time, where it runs,
+//! and how much memory there is.
+
+// UNSAFETY: system calls through libc.
+#![allow(unsafe_code)]
+
+use std::time::Duration;
+
+/// Processor time that the calling thread has used so far.
+pub fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid place for the result and outlives the call.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    assert_eq!(failed, 0, "CLOCK_THREAD_CPUTIME_ID has been in Linux since 2.6.12");
+    // The clock never runs below zero and its nanoseconds stay below a second.
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Ties the calling thread to processor `cpu`.
+///
+/// # Errors
+///
+/// What the operating system says, for instance if there is no such processor.
+pub fn pin(cpu: usize) -> std::io::Result<()> {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: a `cpu_set_t` is an array of integers, for which zero is a value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `cpu` is below `CPU_SETSIZE`, checked above.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: `set` is a valid set of the size given and outlives the call; 0 is the calling thread.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Bytes of memory that can be used without swapping, or `None` if the system does not tell.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thread_time_is_of_this_thread() {
+        let before = thread_time();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(thread_time() - before < Duration::from_millis(40), "sleeping uses no processor time");
+        let spun = std::time::Instant::now();
+        while spun.elapsed() < Duration::from_millis(50) {
+            std::hint::spin_loop();
+        }
+        assert!(thread_time() > before, "spinning does");
+    }
+
+    #[test]
+    fn pinning_to_nowhere_fails() {
+        assert!(pin(usize::MAX).is_err());
+        assert!(pin(libc::CPU_SETSIZE as usize - 1).is_err());
+    }
+
+    #[test]
+    fn there_is_memory() {
+        assert!(available_memory().is_some_and(|bytes| bytes > 1 << 20));
+    }
+}

@@ -1,0 +1,300 @@
+//! Sections: the readers that are vCPUs, and the grace period over them.
+//!
+//! Every reader has one record, a word on 128 bytes of its own: even outside, odd inside, written by its owner alone.
+//!
+//! ```text
+//!   enter   word = odd   (Release)          retire side   unlink
+//!           fence (SeqCst)                                fence (SeqCst)
+//!           walk: load links                              load word (Acquire): odd? remember it
+//!   leave   word += 1    (Release)                        free when the word is another one (Acquire)
+//! ```
+//!
+//! Of the two fences one comes first. If the section's does, the retire side sees the odd word and waits for it to
+//! change. If the retire side's does, the section's walk sees the unlinking and cannot reach the garbage. A word that
+//! has changed belongs to a section that has left: its owner counts upwards, so no word comes back.
+//!
+//! `leave` is Release and the retire side's loads are Acquire, so that all a section did happens before what the
+//! grace period was for. The store of `enter` is Release for the same reason: the retire side may load this one and never
+//! see the `leave` before it, and a plain store would not carry what came before that `leave`.
+//!
+//! A section that is forgotten leaves its word odd. The next one of the same reader takes the odd word over as it is, so
+//! that the two are one long section to the retire side: nothing is freed early, and the wait ends when that one leaves
+//! or when the reader is dropped.
+
+use alloc::vec::Vec;
+use core::cell::Cell;
+use core::marker::PhantomData;
+
+use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering, fence, spin_loop, store_fence};
+
+/// How many records a scan remembers on the stack before it waits for them.
+const SCAN: usize = if cfg!(loom) { 2 } else { 128 };
+
+/// How often a wait looks at the word, with one pause in between, before it backs off. A fault is shorter than this.
+#[cfg(not(loom))]
+const LOOKS: usize = 64;
+
+/// What one reader shares with the retire side. Twice the line size of common processors, which fetch lines in pairs.
+#[repr(align(128))]
+pub(crate) struct Record {
+    word: AtomicU64,
+    #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+    owner: crate::sync::AtomicUsize,
+}
+
+const _: () = assert!(align_of::<Record>() == 128);
+
+impl Record {
+    fn new() -> Self {
+        Self {
+            word: AtomicU64::new(0),
+            #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+            owner: crate::sync::AtomicUsize::new(0),
+        }
+    }
+
+    /// The word of the section that is inside, if one is. Acquire, partner of the Release in `enter`, `leave` and
+    /// `repin`: if the section before has left, its accesses happen before the caller goes on; if it had not, the
+    /// caller waits for it.
+    #[inline]
+    fn inside(&self) -> Option<u64> {
+        let word = self.word.load(Ordering::Acquire);
+        (word & 1 == 1).then_some(word)
+    }
+
+    /// Whether the section that had this word has left. Acquire as in [`inside`](Self::inside).
+    #[inline]
+    fn has_left(&self, word: u64) -> bool {
+        self.word.load(Ordering::Acquire) != word
+    }
+
+    /// Waits until the section that had this word has left.
+    #[cold]
+    fn wait(&self, word: u64) {
+        #[cfg(not(loom))]
+        for _ in 0..LOOKS {
+            if self.has_left(word) {
+                return;
+            }
+            spin_loop();
+        }
+        self.forbid_own(word);
+        let backoff = Backoff::new();
+        while !self.has_left(word) {
+            backoff.snooze();
+        }
+    }
+
+    /// Says so, in debug builds, instead of waiting for ever for a section of this very thread.
+    #[inline]
+    fn forbid_own(&self, _word: u64) {
+        #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+        assert!(
+            self.owner.load(Ordering::Relaxed) != thread_number() || self.has_left(_word),
+            "a grace period was waited for inside a section of the same thread"
+        );
+    }
+
+    #[inline]
+    fn note_owner(&self) {
+        #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+        self.owner.store(thread_number(), Ordering::Relaxed);
+    }
+}
+
+/// A number that no two living threads share, never 0.
+#[cfg(all(debug_assertions, feature = "std", not(loom)))]
+fn thread_number() -> usize {
+    std::thread_local!(static MARK: u8 = const { 0 });
+    MARK.with(|mark| core::ptr::from_ref(mark).addr())
+}
+
+/// The retire side's fence, between the unlinking and the look at the words; partner of `store_fence` in
+/// [`Reader::enter`] (both interleavings are at the head of this file). The two are the only ones that would change for an
+/// asymmetric scheme, where this becomes a barrier on every running thread and the other a compiler fence.
+#[inline]
+fn overtake_sections() {
+    fence(Ordering::SeqCst);
+}
+
+/// The registered readers of a domain. Registration replaces the list when a scan holds on to it; a scan never locks
+/// readers out while it waits.
+pub(crate) struct Registry {
+    // A lock, not another generation of reclamation: it is taken when a vCPU comes or goes and once per scan. A reader
+    // that registers after a scan took the list locks after it, so all its sections see the unlinking.
+    records: Mutex<Arc<Vec<Arc<Record>>>>,
+}
+
+impl Registry {
+    pub(crate) fn new() -> Self {
+        Self {
+            records: Mutex::new(Arc::new(Vec::new())),
+        }
+    }
+
+    fn register(&self) -> Arc<Record> {
+        let record = Arc::new(Record::new());
+        Arc::make_mut(&mut self.records.lock()).push(record.clone());
+        record
+    }
+
+    fn unregister(&self, record: &Arc<Record>) {
+        let mut records = self.records.lock();
+        if let Some(at) = records.iter().position(|other| Arc::ptr_eq(other, record)) {
+            Arc::make_mut(&mut records).swap_remove(at);
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.records.lock().len()
+    }
+
+    /// Remembers who is inside now; what was unlinked before the call may be freed when all of them have left.
+    pub(crate) fn snapshot(&self) -> Laggards {
+        let records = self.records.lock().clone();
+        overtake_sections();
+        Laggards(
+            records
+                .iter()
+                .filter_map(|record| record.inside().map(|word| (record.clone(), word)))
+                .collect(),
+        )
+    }
+
+    /// Waits until every section that was inside at the call has left. Allocates nothing.
+    pub(crate) fn synchronize(&self) {
+        let records = self.records.lock().clone();
+        overtake_sections();
+        for records in records.chunks(SCAN) {
+            // All words first, then the waits: the waits overlap, and no section that begins meanwhile is waited for.
+            let mut words = [0; SCAN];
+            for (word, record) in words.iter_mut().zip(records) {
+                *word = record.inside().unwrap_or(0);
+            }
+            for (&word, record) in words.iter().zip(records) {
+                if word != 0 {
+                    record.wait(word);
+                }
+            }
+        }
+    }
+}
+
+/// Sections that were inside when a snapshot was taken, with the words that they had.
+pub(crate) struct Laggards(Vec<(Arc<Record>, u64)>);
+
+impl Laggards {
+    /// Whether all of them have left by now. Forgets those that have.
+    pub(crate) fn have_left(&mut self) -> bool {
+        while let Some((record, word)) = self.0.last() {
+            if !record.has_left(*word) {
+                return false;
+            }
+            self.0.pop();
+        }
+        true
+    }
+}
+
+/// What a reader needs of its domain, whatever the garbage is.
+pub(crate) trait Home: Send + Sync {
+    fn registry(&self) -> &Registry;
+}
+
+/// A registered reader: one per vCPU. Enters sections, one at a time; may be sent to another thread between them.
+///
+/// Dropping it unregisters it; batches that wait for it count it as left. It keeps what it needs of the domain alive, the
+/// pending garbage included, so it may outlive the [`Domain`](crate::Domain).
+pub struct Reader {
+    record: Arc<Record>,
+    home: Arc<dyn Home>,
+    _not_sync: PhantomData<Cell<()>>,
+}
+
+impl Reader {
+    pub(crate) fn register(home: Arc<dyn Home>) -> Self {
+        Self {
+            record: home.registry().register(),
+            home,
+            _not_sync: PhantomData,
+        }
+    }
+
+    /// Enters a section: what is reachable from here on stays until the section is dropped.
+    ///
+    /// Writes this reader's own line, and no other memory is touched. If the section is forgotten, the garbage of
+    /// the domain waits until a later one of this reader ends or the reader is dropped.
+    #[inline]
+    pub fn enter(&mut self) -> Section<'_> {
+        self.record.note_owner();
+        let word = &self.record.word;
+        // Relaxed: only the owner writes the word, and `&mut self` is the owner.
+        let inside = word.load(Ordering::Relaxed) | 1;
+        store_fence(word, inside);
+        Section {
+            record: &self.record,
+            inside,
+            _not_send: PhantomData,
+        }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // No section is alive, but one may have been forgotten: its word is made even, which is another one, and whoever
+        // waits for it goes on. Release as in `Section::drop`.
+        let word = self.record.word.load(Ordering::Relaxed);
+        if word & 1 == 1 {
+            self.record
+                .word
+                .store(word.wrapping_add(1), Ordering::Release);
+        }
+        self.home.registry().unregister(&self.record);
+    }
+}
+
+impl core::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Reader { .. }")
+    }
+}
+
+/// A vCPU inside its critical section. Leaves when dropped, by unwinding too.
+///
+/// What was read under it must not be used after it is dropped or repinned: tie such references to a borrow of the
+/// section, not to the lifetime `'r` of the borrowed reader.
+#[must_use = "a section that is dropped at once protects nothing"]
+pub struct Section<'r> {
+    record: &'r Record,
+    inside: u64,
+    // A section belongs to the thread that entered it.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Section<'_> {
+    /// Leaves and enters again in one go, between two items of a batch. Nothing read before may be used after.
+    #[inline]
+    pub fn repin(&mut self) {
+        self.inside = self.inside.wrapping_add(2);
+        // To the retire side this is both: another odd word, so the section before has left (Release), and a section
+        // that is inside, announced before its walk (fence).
+        store_fence(&self.record.word, self.inside);
+    }
+}
+
+impl Drop for Section<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // Release, partner of the Acquire loads of the retire side: every access of this section happens before
+        // whatever waited for its end. If that side still loads the odd word, it waits on.
+        self.record
+            .word
+            .store(self.inside.wrapping_add(1), Ordering::Release);
+    }
+}
+
+impl core::fmt::Debug for Section<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Section { .. }")
+    }
+}

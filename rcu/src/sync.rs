@@ -1,0 +1,403 @@
+//! The one module that names atomics, locks and fences, and swaps those of core and std for loom's under `cfg(loom)`.
+//!
+//! Everything above takes its atomics from here, so that a loom model runs the code that ships. Two things differ by
+//! configuration and are hidden here: [`Atomic`] is the `atomic` crate's (without its lock fallback) or a wrapper over
+//! loom's `AtomicU64`, and [`Mutex`] is std's with poison ignored, spin's without std, or loom's. The mutex is for the
+//! control plane only; nothing that a fault runs takes one.
+//!
+//! `store_fence` is the store-then-fence of a reader that announces itself, in one instruction on x86-64.
+
+// UNSAFETY: the announcing store is one `xchg` in inline assembly, `as_u64` looks at an `Atomic<T>` as the integer that
+// it is, and loom's stand-in turns integers back into the `T` that they were made from.
+#![allow(unsafe_code)]
+
+use bytemuck::Pod;
+
+pub use alloc::sync::Arc;
+pub use crossbeam_utils::CachePadded;
+use imp::RawMutex;
+pub use imp::*;
+pub use plain::Plain;
+
+#[cfg(not(loom))]
+mod imp {
+    pub use atomic::Atomic;
+    pub use core::hint::spin_loop;
+    pub use core::sync::atomic::{
+        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence, fence,
+    };
+
+    #[cfg(not(feature = "std"))]
+    pub use spin::MutexGuard;
+    #[cfg(not(feature = "std"))]
+    pub(super) use spin::mutex::Mutex as RawMutex;
+    #[cfg(feature = "std")]
+    pub(super) use std::sync::Mutex as RawMutex;
+    #[cfg(feature = "std")]
+    pub use std::sync::MutexGuard;
+}
+
+#[cfg(loom)]
+mod imp {
+    pub use loom::hint::spin_loop;
+    pub(super) use loom::sync::Mutex as RawMutex;
+    pub use loom::sync::MutexGuard;
+    pub use loom::sync::atomic::{
+        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    };
+
+    pub use super::model::Atomic;
+
+    /// Orders nothing between threads, and loom knows no other ordering: does nothing.
+    pub fn compiler_fence(_order: Ordering) {}
+}
+
+// An entry is changed by the processor's own read-modify-writes, and a table of them is laid over a raw 4096-byte
+// frame: a lock in place of an instruction, or a word of any other shape, would be wrong and not merely slow.
+const _: () = assert!(Atomic::<u64>::is_lock_free());
+#[cfg(not(loom))]
+const _: () = {
+    assert!(size_of::<Atomic<u64>>() == 8 && align_of::<Atomic<u64>>() == 8);
+    assert!(size_of::<[Atomic<u64>; 512]>() == 4096);
+};
+
+/// Looks at an atomic 8-byte value as the integer that it is, for the read-modify-writes on single bits
+/// (`fetch_or`, `fetch_and`, `fetch_add`) which [`Atomic`] offers for integers only.
+///
+/// `T: Pod` says that whatever bits they leave behind are a `T`. A `T` that is not 8 bytes wide and aligned does not compile.
+#[inline(always)]
+pub fn as_u64<T: Pod>(atomic: &Atomic<T>) -> &AtomicU64 {
+    const { assert!(size_of::<T>() == 8 && align_of::<T>() == 8) };
+    #[cfg(not(loom))]
+    {
+        // SAFETY: (1) `Atomic<T>` is `repr(transparent)` over an `UnsafeCell` of a `T`, which is as large and aligned
+        // as an `AtomicU64` (asserted above); (2) both access it by 64-bit atomic instructions only; (3) `T: Pod`, so
+        // every bit pattern written through the one view is valid in the other; (4) the lifetime is the argument's.
+        unsafe { &*core::ptr::from_ref(atomic).cast::<AtomicU64>() }
+    }
+    #[cfg(loom)]
+    atomic.bits()
+}
+
+/// Stores `value` (Release), then fences (SeqCst): the announcing half of a store-fence-load handshake.
+///
+/// Partner: a thread that stores somewhere else, fences (SeqCst), and loads `word`. Of the two fences one is first in
+/// the single total order. If ours is, the partner's load sees `value` or something later; if the partner's is, every
+/// load that we make from here on sees what the partner stored.
+///
+/// On x86-64 both are one `xchg`. This is not the `swap(SeqCst)` that other epoch schemes use in the hope that it
+/// fences: an assembly block may do what some piece of Rust does, and the piece that this one does is the plain version
+/// below. A locked instruction drains the store buffer as `mfence` does, and the compiler moves no memory access across
+/// the block.
+#[inline(always)]
+pub(crate) fn store_fence(word: &AtomicU64, value: u64) {
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    // SAFETY: the address is that of a live, 8-byte aligned `AtomicU64`; the instruction writes it atomically and
+    // touches nothing else (`xchg` with memory locks by itself and leaves the flags alone).
+    unsafe {
+        core::arch::asm!(
+            "xchg qword ptr [{word}], {value}",
+            word = in(reg) word.as_ptr(),
+            value = inout(reg) value => _,
+            options(nostack, preserves_flags),
+        );
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+    {
+        word.store(value, Ordering::Release);
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// A mutual-exclusion lock for the control plane. Poison is ignored: what it guards here is left whole by every panic.
+pub struct Mutex<T>(RawMutex<T>);
+
+impl<T> Mutex<T> {
+    /// Makes an unlocked mutex around `value`.
+    pub fn new(value: T) -> Self {
+        Self(RawMutex::new(value))
+    }
+
+    /// Waits until the lock is free and takes it. Spins without std.
+    #[inline]
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        #[cfg(any(feature = "std", loom))]
+        return self
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        #[cfg(not(any(feature = "std", loom)))]
+        return self.0.lock();
+    }
+
+    /// Takes the lock if it is free now.
+    #[inline]
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        #[cfg(any(feature = "std", loom))]
+        return match self.0.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(std::sync::TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        };
+        #[cfg(not(any(feature = "std", loom)))]
+        return self.0.try_lock();
+    }
+}
+
+impl<T: Default> Default for Mutex<T> {
+    fn default() -> Self {
+        Self::new(T::default())
+    }
+}
+
+impl<T> core::fmt::Debug for Mutex<T> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Mutex { .. }")
+    }
+}
+
+/// A bounded local wait: spins twice as long each time, then yields the thread (with std), and says when it is time to
+/// give up or to block. Under loom it yields at once, which is what lets a model with a waiting loop end.
+#[derive(Debug, Default)]
+pub struct Backoff {
+    #[cfg(not(loom))]
+    inner: crossbeam_utils::Backoff,
+    #[cfg(loom)]
+    rounds: core::cell::Cell<u32>,
+}
+
+impl Backoff {
+    /// Makes a wait that has not begun.
+    #[inline]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Waits a little, longer each time.
+    #[inline]
+    pub fn snooze(&self) {
+        #[cfg(not(loom))]
+        self.inner.snooze();
+        #[cfg(loom)]
+        {
+            self.rounds.set(self.rounds.get() + 1);
+            loom::thread::yield_now();
+        }
+    }
+
+    /// Whether it has waited as long as a bounded wait should.
+    #[inline]
+    pub fn is_completed(&self) -> bool {
+        #[cfg(not(loom))]
+        return self.inner.is_completed();
+        #[cfg(loom)]
+        return self.rounds.get() >= 2;
+    }
+
+    /// Begins again.
+    #[inline]
+    pub fn reset(&self) {
+        #[cfg(not(loom))]
+        self.inner.reset();
+        #[cfg(loom)]
+        self.rounds.set(0);
+    }
+}
+
+mod plain {
+    //! A word that no model follows.
+
+    use core::sync::atomic::{AtomicU64, Ordering};
+
+    /// A 64-bit word on whose order nothing rests: a counter, or a note that another exchange publishes. All accesses are
+    /// Relaxed, and loom does not follow it.
+    #[derive(Debug, Default)]
+    #[repr(transparent)]
+    pub struct Plain(AtomicU64);
+
+    impl Plain {
+        /// The word now.
+        #[inline(always)]
+        pub fn get(&self) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        /// Stores `value`.
+        #[inline(always)]
+        pub fn set(&self, value: u64) {
+            self.0.store(value, Ordering::Relaxed);
+        }
+
+        /// Adds `n` (wrapping) by a load and a store: right only where one thread at a time writes.
+        #[inline(always)]
+        pub fn add_owned(&self, n: u64) {
+            self.set(self.get().wrapping_add(n));
+        }
+
+        /// Adds `n` (wrapping), whoever else does.
+        #[inline]
+        pub fn add_shared(&self, n: u64) {
+            self.0.fetch_add(n, Ordering::Relaxed);
+        }
+
+        /// `count` words of zero. The system supplies memory only for those that are written.
+        pub fn zeroed(count: usize) -> alloc::boxed::Box<[Plain]> {
+            const {
+                assert!(
+                    size_of::<Plain>() == size_of::<u64>()
+                        && align_of::<Plain>() == align_of::<u64>()
+                )
+            };
+            let words = alloc::vec![0u64; count].into_boxed_slice();
+            // SAFETY: a `Plain` is a `u64` in size, alignment (both asserted) and valid values, and the box owns them all.
+            unsafe {
+                alloc::boxed::Box::from_raw(alloc::boxed::Box::into_raw(words) as *mut [Plain])
+            }
+        }
+    }
+}
+
+#[cfg(loom)]
+mod model {
+    //! loom's stand-in for the `atomic` crate: the same methods, over a 64-bit atomic that loom follows.
+
+    use core::marker::PhantomData;
+
+    use bytemuck::NoUninit;
+
+    use super::{AtomicU64, Ordering};
+
+    /// An 8-byte value that loom follows as an `AtomicU64`.
+    pub struct Atomic<T> {
+        bits: AtomicU64,
+        _value: PhantomData<T>,
+    }
+
+    impl<T> Atomic<T> {
+        /// Whether a `T` is changed by an instruction and not under a lock.
+        pub const fn is_lock_free() -> bool {
+            size_of::<T>() == 8
+        }
+    }
+
+    impl<T: NoUninit> Atomic<T> {
+        fn to_bits(value: T) -> u64 {
+            const { assert!(size_of::<T>() == 8) };
+            // SAFETY: both are 8 bytes (asserted), and `T: NoUninit` has no padding, so all of them are initialised.
+            unsafe { core::mem::transmute_copy(&value) }
+        }
+
+        fn of_bits(bits: u64) -> T {
+            // SAFETY: both are 8 bytes (asserted in `to_bits`, without which no `Atomic<T>` is made), and the bits
+            // came from a `T`: by `to_bits`, or through `as_u64`, which asks for `T: Pod`.
+            unsafe { core::mem::transmute_copy(&bits) }
+        }
+
+        pub(super) fn bits(&self) -> &AtomicU64 {
+            &self.bits
+        }
+
+        /// Makes an atomic that holds `value`.
+        #[track_caller]
+        pub fn new(value: T) -> Self {
+            Self {
+                bits: AtomicU64::new(Self::to_bits(value)),
+                _value: PhantomData,
+            }
+        }
+
+        /// Loads the value.
+        #[track_caller]
+        pub fn load(&self, order: Ordering) -> T {
+            Self::of_bits(self.bits.load(order))
+        }
+
+        /// Stores `value`.
+        #[track_caller]
+        pub fn store(&self, value: T, order: Ordering) {
+            self.bits.store(Self::to_bits(value), order);
+        }
+
+        /// Stores `value` and returns what was there.
+        #[track_caller]
+        pub fn swap(&self, value: T, order: Ordering) -> T {
+            Self::of_bits(self.bits.swap(Self::to_bits(value), order))
+        }
+
+        /// Stores `new` if `current` is there.
+        ///
+        /// # Errors
+        ///
+        /// The value that was there instead.
+        #[track_caller]
+        pub fn compare_exchange(
+            &self,
+            current: T,
+            new: T,
+            success: Ordering,
+            failure: Ordering,
+        ) -> Result<T, T> {
+            self.bits
+                .compare_exchange(Self::to_bits(current), Self::to_bits(new), success, failure)
+                .map(Self::of_bits)
+                .map_err(Self::of_bits)
+        }
+
+        /// Stores `new` if `current` is there; may fail for no reason on hardware, never does under loom.
+        ///
+        /// # Errors
+        ///
+        /// The value that was there instead.
+        #[track_caller]
+        pub fn compare_exchange_weak(
+            &self,
+            current: T,
+            new: T,
+            success: Ordering,
+            failure: Ordering,
+        ) -> Result<T, T> {
+            self.compare_exchange(current, new, success, failure)
+        }
+    }
+
+    impl<T: NoUninit + Default> Default for Atomic<T> {
+        fn default() -> Self {
+            Self::new(T::default())
+        }
+    }
+
+    impl<T: NoUninit + core::fmt::Debug> core::fmt::Debug for Atomic<T> {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            f.debug_tuple("Atomic")
+                .field(&self.load(Ordering::Relaxed))
+                .finish()
+        }
+    }
+
+    /// The operations that the `atomic` crate offers for integers only.
+    impl Atomic<u64> {
+        /// Adds, returns what was there.
+        #[track_caller]
+        pub fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
+            self.bits.fetch_add(value, order)
+        }
+
+        /// Subtracts, returns what was there.
+        #[track_caller]
+        pub fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {
+            self.bits.fetch_sub(value, order)
+        }
+
+        /// Clears the bits that are not in `value`, returns what was there.
+        #[track_caller]
+        pub fn fetch_and(&self, value: u64, order: Ordering) -> u64 {
+            self.bits.fetch_and(value, order)
+        }
+
+        /// Sets the bits in `value`, returns what was there.
+        #[track_caller]
+        pub fn fetch_or(&self, value: u64, order: Ordering) -> u64 {
+            self.bits.fetch_or(value, order)
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The one choke point where an SPTE changes.
+//!
+//! Protocol. A table page is 512 atomic entries. Other modules hold an [`EntryRef`] and can only
+//!
+//! * load it (Acquire: pairs with the Release half of the exchange that published a child table, so that whoever sees
+//!   the pointer sees every entry of the child initialised; INV: publish-complete);
+//! * exchange one value for another ([`exchange`], [`install_leaf`]): compare-exchange, then bookkeeping with the value
+//!   that was really replaced (INV: volatile-atomic, one-choke-point);
+//! * seal it ([`EntryRef::seal`]): only for entries of a table that is no longer linked (INV: unlink-seals).
+//!
+//! Nothing here ever stores to a live entry without comparing: the processor may set accessed and dirty bits between
+//! any two instructions.
+
+use crate::stats::{Stat, Tally};
+use tdp_arch::{Format, Level, Spte};
+use tdp_rcu::sync::{Atomic, Backoff, Ordering};
+
+/// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
+pub(crate) const TABLE_ENTRIES: usize = if cfg!(loom) {
+    2
+} else {
+    tdp_arch::ENTRIES_PER_TABLE
+};
+
+/// One page of entries, as the processor walks it: 512 words of 8 bytes, 4 KiB in all, aligned to 4 KiB.
+///
+/// Its content can be changed by this library only, and only one entry at a time.
+#[repr(C, align(4096))]
+pub struct TablePage {
+    entries: [Atomic<Spte>; TABLE_ENTRIES],
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<TablePage>() == 4096 && align_of::<TablePage>() == 4096);
+
+impl TablePage {
+    /// A page whose entries are all zero, for frame sources that make pages instead of mapping them.
+    pub fn zeroed() -> Self {
+        Self {
+            entries: core::array::from_fn(|_| Atomic::new(Spte(0))),
+        }
+    }
+
+    /// The entry at `index`, or `None` if there is none.
+    #[inline(always)]
+    pub(crate) fn get(&self, index: usize) -> Option<EntryRef<'_>> {
+        self.entries.get(index).map(EntryRef)
+    }
+
+    /// The entry at `index`, which is taken modulo the number of entries.
+    #[inline(always)]
+    pub(crate) fn entry(&self, index: usize) -> EntryRef<'_> {
+        EntryRef(&self.entries[index & (TABLE_ENTRIES - 1)])
+    }
+
+    /// Fills a page that no one else can reach yet.
+    pub(crate) fn fill(&self, mut value: impl FnMut(usize) -> Spte) {
+        for (index, entry) in self.entries.iter().enumerate() {
+            // Relaxed: the exchange that links this page publishes all of it (INV: publish-complete).
+            entry.store(value(index), Ordering::Relaxed);
+        }
+    }
+
+    /// What the processor's page walker does to an entry: one atomic exchange of the whole word. For software that
+    /// plays the processor; `Err` holds the present value.
+    #[cfg(feature = "std")]
+    pub(crate) fn exchange_as_processor(
+        &self,
+        index: usize,
+        current: u64,
+        new: u64,
+    ) -> Result<(), u64> {
+        let entry = self.entries.get(index).ok_or(0u64)?;
+        entry
+            .compare_exchange(
+                Spte(current),
+                Spte(new),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .map(drop)
+            .map_err(|actual| actual.0)
+    }
+}
+
+/// One entry of a table page.
+#[derive(Clone, Copy)]
+pub(crate) struct EntryRef<'a>(&'a Atomic<Spte>);
+
+impl EntryRef<'_> {
+    /// The entry now.
+    #[inline(always)]
+    pub(crate) fn load(self) -> Spte {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Puts the *sealed* pattern into an entry of an unlinked table and returns what it replaced, hardware's last
+    /// accessed and dirty bits included. Waits while the entry is frozen: its owner is about to store to it.
+    pub(crate) fn seal<F: Format>(self) -> Spte {
+        // INV: unlink-seals, volatile-atomic.
+        let backoff = Backoff::new();
+        let mut old = self.0.load(Ordering::Acquire);
+        loop {
+            if old == F::FROZEN {
+                backoff.snooze();
+                old = self.0.load(Ordering::Acquire);
+                continue;
+            }
+            // AcqRel: Acquire pairs with the Release of a link, so that the children of a table found here can be
+            // sealed; Release orders the unlink before the seal for a walker that meets the seal and starts again.
+            match self
+                .0
+                .compare_exchange(old, F::SEALED, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(replaced) => return replaced,
+                Err(actual) => old = actual,
+            }
+        }
+    }
+}
+
+/// Exchanges `old` for `new` in an entry of `level` and keeps the books. `Err` holds the value found instead.
+#[inline]
+pub(crate) fn exchange<F: Format>(
+    entry: EntryRef<'_>,
+    level: Level,
+    old: Spte,
+    new: Spte,
+    tally: &impl Tally,
+) -> Result<(), Spte> {
+    debug_assert!(
+        old != F::SEALED && old != F::FROZEN,
+        "never exchanged by someone who does not own it"
+    );
+    // AcqRel: Release publishes a child table that `new` may point to; Acquire pairs with it where `old` pointed to one.
+    entry
+        .0
+        .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
+    account::<F>(level, old, new, tally);
+    Ok(())
+}
+
+/// [`exchange`] of the empty pattern for a leaf: the fast path of a fault.
+#[inline(always)]
+pub(crate) fn install_leaf<F: Format>(
+    entry: EntryRef<'_>,
+    level: Level,
+    new: Spte,
+    tally: &impl Tally,
+) -> Result<(), Spte> {
+    entry
+        .0
+        .compare_exchange(F::EMPTY, new, Ordering::AcqRel, Ordering::Acquire)?;
+    tally.add(Stat::pages(level), 1);
+    Ok(())
+}
+
+/// Books a change that has happened.
+pub(crate) fn account<F: Format>(level: Level, old: Spte, new: Spte, tally: &impl Tally) {
+    let kind = |spte: Spte| {
+        if !F::is_mmu_present(spte) {
+            None
+        } else if F::is_leaf(spte, level) {
+            Some(Stat::pages(level))
+        } else {
+            Some(Stat::Tables)
+        }
+    };
+    let (before, after) = (kind(old), kind(new));
+    if before != after {
+        if let Some(stat) = before {
+            tally.add(stat, -1);
+        }
+        if let Some(stat) = after {
+            tally.add(stat, 1);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Invalidation by the host, without a lock.
+//!
+//! Protocol. *Begin* publishes the range, then waits until every critical section that began before has ended, then the
+//! caller zaps and flushes. A fault looks at the published ranges inside its critical section, before its backing
+//! look-up: either it began early enough to be waited for, and what it installed is zapped; or it sees the range and
+//! answers `Retry`. *End* moves the sequence and withdraws the range. A look-up that has to sleep does so outside any
+//! critical section; it compares the sequence before and after, because a whole invalidation may have passed
+//! meanwhile (INV: no-stale-install).
+//!
+//! The read side is one load of a pointer that is null while nothing is being invalidated.
+
+use crate::host::{AddressSpaceId, Host};
+use crate::mmu::Shared;
+use crate::range_zap::ZapScope;
+use crate::reclaim::Retired;
+use crate::tlb::{Flushed, PendingFlush};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use tdp_arch::{Format, Gfn, GfnRange};
+use tdp_rcu::sync::{AtomicPtr, AtomicU64, Mutex, Ordering};
+
+/// Ranges under invalidation.
+pub(crate) struct Ranges(Vec<(u64, AddressSpaceId, GfnRange)>);
+
+/// State of invalidations.
+pub(crate) struct Invalidations {
+    /// Null, or a boxed [`Ranges`].
+    published: AtomicPtr<Ranges>,
+    /// Invalidations ended so far. 64 bits: it never comes round.
+    ended: AtomicU64,
+    writer: Mutex<Writer>,
+}
+
+#[derive(Default)]
+struct Writer {
+    ranges: Vec<(u64, AddressSpaceId, GfnRange)>,
+    next: u64,
+}
+
+impl Invalidations {
+    pub(crate) fn new() -> Self {
+        Self {
+            published: AtomicPtr::new(core::ptr::null_mut()),
+            ended: AtomicU64::new(0),
+            writer: Mutex::new(Writer::default()),
+        }
+    }
+
+    /// Invalidations ended so far.
+    #[inline]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Whether `gfn` is being invalidated. The caller is inside a critical section.
+    #[inline(always)]
+    pub(crate) fn covers(&self, as_id: AddressSpaceId, gfn: Gfn) -> bool {
+        // Acquire: pairs with the Release of `publish`; what is pointed to is complete.
+        let ranges = self.published.load(Ordering::Acquire);
+        if ranges.is_null() {
+            false
+        } else {
+            Self::covers_slow(ranges, as_id, gfn)
+        }
+    }
+
+    #[cold]
+    #[allow(unsafe_code)]
+    fn covers_slow(ranges: *const Ranges, as_id: AddressSpaceId, gfn: Gfn) -> bool {
+        // UNSAFETY: a pointer read by RCU.
+        // SAFETY: a replaced list is retired to the domain and the caller is inside a critical section that began before
+        // the pointer was loaded, so it lives until that section ends.
+        let ranges = unsafe { &*ranges };
+        ranges
+            .0
+            .iter()
+            .any(|(_, space, range)| *space == as_id && range.contains(gfn))
+    }
+
+    /// Publishes the writer's list and returns the one that it replaces.
+    #[allow(unsafe_code)]
+    fn publish(&self, writer: &Writer) -> Option<Box<Ranges>> {
+        let next = if writer.ranges.is_empty() {
+            core::ptr::null_mut()
+        } else {
+            Box::into_raw(Box::new(Ranges(writer.ranges.clone())))
+        };
+        let old = self.published.swap(next, Ordering::AcqRel);
+        // UNSAFETY: the other end of `Box::into_raw`.
+        // SAFETY: every pointer stored came from a box, and the swap gives each to one caller only.
+        (!old.is_null()).then(|| unsafe { Box::from_raw(old) })
+    }
+}
+
+impl Drop for Invalidations {
+    fn drop(&mut self) {
+        drop(self.publish(&Writer::default()));
+    }
+}
+
+/// An invalidation in progress: faults on its range answer [`Retry`](crate::Outcome::Retry) until it ends, by
+/// [`end`](Invalidation::end) or by being dropped.
+#[must_use = "the invalidation ends when this is dropped"]
+pub struct Invalidation<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    number: u64,
+    as_id: AddressSpaceId,
+    range: GfnRange,
+}
+
+impl<F: Format, H: Host> Shared<F, H> {
+    /// Begins an invalidation.
+    pub(crate) fn invalidate_begin(
+        &self,
+        as_id: AddressSpaceId,
+        range: GfnRange,
+    ) -> Invalidation<'_, F, H> {
+        let (number, replaced) = {
+            let mut writer = self.invalidations.writer.lock();
+            let number = writer.next;
+            writer.next += 1;
+            writer.ranges.push((number, as_id, range));
+            (number, self.invalidations.publish(&writer))
+        };
+        self.retire_ranges(replaced);
+        // The fence inside pairs with the one at the start of every critical section: a fault that is not waited for
+        // here began later and sees the range.
+        self.domain.synchronize_sections();
+        Invalidation {
+            shared: self,
+            number,
+            as_id,
+            range,
+        }
+    }
+
+    fn retire_ranges(&self, replaced: Option<Box<Ranges>>) {
+        if let Some(ranges) = replaced {
+            self.domain.retire(Retired::Ranges { _ranges: ranges }, 1);
+        }
+    }
+}
+
+impl<F: Format, H: Host> Invalidation<'_, F, H> {
+    /// Takes all leaves of the range away. Once they are flushed no vCPU can reach the old pages.
+    pub fn zap(&self) -> PendingFlush<'_, F, H> {
+        self.shared.zap(self.as_id, self.range, ZapScope::Leaves)
+    }
+
+    /// Ends the invalidation. `_flushed` says that what was zapped has been flushed.
+    pub fn end(self, _flushed: Flushed) {}
+}
+
+impl<F: Format, H: Host> Drop for Invalidation<'_, F, H> {
+    fn drop(&mut self) {
+        let replaced = {
+            let mut writer = self.shared.invalidations.writer.lock();
+            // The sequence moves before the range is withdrawn: a sleeping look-up that began before sees either.
+            self.shared
+                .invalidations
+                .ended
+                .fetch_add(1, Ordering::AcqRel);
+            writer.ranges.retain(|(number, ..)| *number != self.number);
+            self.shared.invalidations.publish(&writer)
+        };
+        self.shared.retire_ranges(replaced);
+    }
+}

@@ -1,0 +1,83 @@
+//! A lock-free two-dimensional-paging MMU: the part of a hypervisor or VMM that turns guest-physical faults into
+//! second-level page-table entries, from all vCPUs at once.
+//!
+//! The embedder owns guest memory and supplies frames, backing and TLB flushes ([`Host`]); the library owns the tables.
+//! An RCU-protected walk finds the entry, a compare-exchange changes it, and a table page that was unlinked is freed
+//! only after a flush and a grace period.
+//!
+//! ```
+//! use tdp::{Ept, Fault, Gfn, Gpa, Level, Mmu, Outcome, Pfn, Slot};
+//! use tdp::{AddressSpaceId, LinearBacking, MmapPool, PoolConfig, SoftwareHost};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Frames for tables; guest memory itself is only numbers here.
+//! let frames = MmapPool::new(PoolConfig { frames: 64, base: Pfn(0x1000), huge_pages: false })?;
+//! let mmu = Mmu::<Ept, _>::builder(SoftwareHost::new(frames)).build()?;
+//!
+//! // 4 GiB of guest memory, backed by host frames from 0x10_0000 on, by leaves of up to 2 MiB.
+//! let backing = LinearBacking::new(Pfn(0x10_0000), Level::L2);
+//! mmu.slots().insert(Slot::new(Gfn(0)..Gfn(1 << 20), backing))?;
+//!
+//! // One handle per vCPU thread.
+//! let mut vcpu = mmu.vcpu()?;
+//! assert_eq!(vcpu.fault(Fault::write(Gpa(0x20_1000)))?, Outcome::Fixed { level: Level::L2 });
+//! assert_eq!(vcpu.fault(Fault::read(Gpa(0x20_2000)))?, Outcome::Spurious);
+//!
+//! // Sweeps run beside faults, and say what must be flushed.
+//! let pending = mmu.zap(AddressSpaceId(0), Gfn(0)..Gfn(1 << 20));
+//! assert_eq!(pending.leaves(), 1);
+//! pending.flush();
+//! # Ok(())
+//! # }
+//! ```
+#![no_std]
+
+extern crate alloc;
+#[cfg(feature = "std")]
+extern crate std;
+
+mod entry;
+mod fault;
+mod host;
+mod invalidate;
+mod iter;
+mod mmu;
+#[cfg(feature = "std")]
+mod pool;
+mod range;
+mod reclaim;
+mod root;
+mod slot_map;
+mod slots;
+#[cfg(feature = "std")]
+mod software;
+mod stats;
+mod table;
+mod tlb;
+mod vcpu;
+
+use range::zap as range_zap;
+
+pub use entry::TablePage;
+pub use fault::{Fault, FaultError, MemoryFault, MemoryFaultReason, Outcome, RetryReason};
+pub use host::{
+    AddressSpaceId, FlushRequest, FrameSource, Host, Lookup, MAX_ADDRESS_SPACES, Mapping,
+    OutOfFrames,
+};
+pub use invalidate::Invalidation;
+pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
+#[cfg(feature = "std")]
+pub use pool::{MmapPool, PoolConfig, PoolError};
+pub use range::Leaf;
+pub use root::LoadedRoot;
+pub use slot_map::Slots;
+pub use slots::{Slot, SlotError, SlotFlags, SlotId};
+#[cfg(feature = "std")]
+pub use software::{LinearBacking, SoftwareHost, TableMemory};
+pub use stats::Stats;
+pub use tdp_arch::{
+    Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
+    MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,
+};
+pub use tlb::{Flushed, PendingFlush, TlbTracker, TlbVcpu};
+pub use vcpu::{Batch, Vcpu};

@@ -1,0 +1,377 @@
+//! The MMU: what an embedder makes once per VM and calls from every thread.
+
+use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames};
+use crate::invalidate::{Invalidation, Invalidations};
+use crate::range::Leaf;
+use crate::range_zap::{ZapScope, free_tree};
+use crate::reclaim::Retired;
+use crate::root::{Root, RootSet};
+use crate::slot_map::{SlotMap, Slots};
+use crate::stats::{Shards, Stat, Stats, Tally};
+use crate::table::TableMeta;
+use crate::tlb::PendingFlush;
+use crate::vcpu::Vcpu;
+use alloc::sync::Arc;
+use core::marker::PhantomData;
+use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level};
+use tdp_rcu::{Domain, DomainConfig};
+
+/// Widest physical address for which a processor may be built, in bits.
+const MAX_PHYSICAL_BITS: u32 = tdp_arch::addr::MAX_PHYSICAL_BITS;
+
+/// An MMU could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// Only trees of four and five levels are walked by a processor.
+    #[error("a root of level {} cannot be walked: 4 or 5 is meant", .0.number())]
+    Levels(Level),
+    /// Too many address spaces, or none.
+    #[error("{0} address spaces: 1 to {MAX_ADDRESS_SPACES} are possible")]
+    AddressSpaces(u8),
+    /// No such processor.
+    #[error("{0} bits of physical address: 32 to 52 are possible")]
+    PhysicalBits(u32),
+    /// The frame source's window lies beyond what an entry can name.
+    #[error("table frames up to {end:#x} do not fit {bits} bits of physical address")]
+    Window {
+        /// First frame number past the window.
+        end: u64,
+        /// Bits of physical address.
+        bits: u32,
+    },
+    /// Leaves of this level do not exist.
+    #[error("leaves of level {} do not exist: 1 to 3 are meant", .0.number())]
+    MaxLeaf(Level),
+}
+
+/// An MMU refused an operation; nothing changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MmuError {
+    /// No frame for a root table.
+    #[error("no frame for a root table: {0}")]
+    OutOfFrames(#[from] OutOfFrames),
+    /// No such address space.
+    #[error("there is no address space {}", .0.0)]
+    NoSuchSpace(AddressSpaceId),
+}
+
+/// Settings of an MMU in the making; see [`Mmu::builder`].
+#[derive(Debug)]
+#[must_use = "nothing is made before `build`"]
+pub struct MmuBuilder<F: Format, H: Host> {
+    host: H,
+    levels: Level,
+    address_spaces: u8,
+    physical_bits: u32,
+    ad_bits: AdBits,
+    mmio_caching: bool,
+    max_leaf: Level,
+    garbage_bound: usize,
+    _format: PhantomData<F>,
+}
+
+impl<F: Format, H: Host> MmuBuilder<F, H> {
+    /// Level of the root: 4 (the default, 48 bits of guest-physical address) or 5 (57 bits).
+    pub fn levels(mut self, level: Level) -> Self {
+        self.levels = level;
+        self
+    }
+
+    /// How many address spaces there are: 1 (the default) or 2.
+    pub fn address_spaces(mut self, count: u8) -> Self {
+        self.address_spaces = count;
+        self
+    }
+
+    /// Bits of physical address of the processor, 32 to 52. The default is 46.
+    pub fn physical_bits(mut self, bits: u32) -> Self {
+        self.physical_bits = bits;
+        self
+    }
+
+    /// Who keeps the accessed and dirty bits. The default is the processor.
+    pub fn ad_bits(mut self, ad_bits: AdBits) -> Self {
+        self.ad_bits = ad_bits;
+        self
+    }
+
+    /// Whether frames without memory are remembered in the tables, so that the next access exits at once. The default
+    /// is yes. It lets a guest make tables for address space that has no memory.
+    pub fn mmio_caching(mut self, on: bool) -> Self {
+        self.mmio_caching = on;
+        self
+    }
+
+    /// Largest leaf. The default is 1 GiB.
+    pub fn max_leaf(mut self, level: Level) -> Self {
+        self.max_leaf = level;
+        self
+    }
+
+    /// Table frames that may wait for a grace period before whoever retires drives it forward. The default is 4096.
+    pub fn garbage_bound(mut self, frames: usize) -> Self {
+        self.garbage_bound = frames;
+        self
+    }
+
+    /// Makes the MMU.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError`] names the setting that cannot be.
+    pub fn build(self) -> Result<Mmu<F, H>, BuildError> {
+        if !cfg!(loom) && !matches!(self.levels, Level::L4 | Level::L5) {
+            return Err(BuildError::Levels(self.levels));
+        }
+        if self.address_spaces == 0 || usize::from(self.address_spaces) > MAX_ADDRESS_SPACES {
+            return Err(BuildError::AddressSpaces(self.address_spaces));
+        }
+        if !(32..=MAX_PHYSICAL_BITS).contains(&self.physical_bits) {
+            return Err(BuildError::PhysicalBits(self.physical_bits));
+        }
+        if self.max_leaf > Level::L3 {
+            return Err(BuildError::MaxLeaf(self.max_leaf));
+        }
+        let window = self.host.frames().window();
+        if window.end.0 > 1 << (self.physical_bits - tdp_arch::PAGE_SHIFT) {
+            return Err(BuildError::Window {
+                end: window.end.0,
+                bits: self.physical_bits,
+            });
+        }
+        let host = Arc::new(self.host);
+        let meta = Arc::new(TableMeta::new(host.frames()));
+        Ok(Mmu {
+            shared: Arc::new(Shared {
+                slots: SlotMap::new(),
+                invalidations: Invalidations::new(),
+                address_spaces: self.address_spaces,
+                physical_bits: self.physical_bits,
+                mmio_caching: self.mmio_caching,
+                max_leaf: self.max_leaf,
+                roots: RootSet::new(self.levels, self.ad_bits),
+                domain: Domain::new(DomainConfig {
+                    bound: self.garbage_bound,
+                }),
+                shards: Shards::default(),
+                meta,
+                host,
+                _format: PhantomData,
+            }),
+        })
+    }
+}
+
+/// What all handles of one MMU share. Faults read it; only its parts that are not on their way are ever written.
+pub(crate) struct Shared<F: Format, H: Host> {
+    pub(crate) slots: SlotMap<H::Backing>,
+    pub(crate) invalidations: Invalidations,
+    pub(crate) address_spaces: u8,
+    pub(crate) physical_bits: u32,
+    pub(crate) mmio_caching: bool,
+    pub(crate) max_leaf: Level,
+    pub(crate) roots: RootSet<H>,
+    pub(crate) domain: Domain<Retired<H>>,
+    pub(crate) shards: Shards,
+    pub(crate) meta: Arc<TableMeta>,
+    pub(crate) host: Arc<H>,
+    _format: PhantomData<F>,
+}
+
+impl<F: Format, H: Host> Shared<F, H> {
+    /// The current root of an address space.
+    pub(crate) fn load_root(&self, as_id: AddressSpaceId) -> Result<Arc<Root<H>>, MmuError> {
+        if as_id.0 >= self.address_spaces {
+            return Err(MmuError::NoSuchSpace(as_id));
+        }
+        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, as_id)?;
+        if made {
+            self.shards.sweeps.add(Stat::RootsMade, 1);
+        }
+        Ok(root)
+    }
+}
+
+impl<F: Format, H: Host> Drop for Shared<F, H> {
+    fn drop(&mut self) {
+        // No vCPU, sweep or teardown is left: each holds a handle. What was unlinked is with the domain, which frees it
+        // when it is dropped after this.
+        for root in self.roots.take_all() {
+            free_tree::<F, H>(&self.host, &root, &self.meta);
+        }
+    }
+}
+
+/// A second-level MMU: the tables that translate a guest's physical addresses, and the means to resolve faults on them
+/// from all vCPUs at once. A handle; cloning it makes another to the same MMU.
+pub struct Mmu<F: Format, H: Host> {
+    shared: Arc<Shared<F, H>>,
+}
+
+impl<F: Format, H: Host> Clone for Mmu<F, H> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl<F: Format, H: Host> core::fmt::Debug for Mmu<F, H> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Mmu")
+            .field("format", &F::NAME)
+            .field("levels", &self.shared.roots.level())
+            .finish()
+    }
+}
+
+impl<F: Format, H: Host> Mmu<F, H> {
+    /// Begins to make an MMU for `host`.
+    pub fn builder(host: H) -> MmuBuilder<F, H> {
+        MmuBuilder {
+            host,
+            levels: Level::L4,
+            address_spaces: 1,
+            physical_bits: 46,
+            ad_bits: AdBits::Processor,
+            mmio_caching: true,
+            max_leaf: Level::L3,
+            garbage_bound: 4096,
+            _format: PhantomData,
+        }
+    }
+
+    /// The embedder's side.
+    pub fn host(&self) -> &H {
+        &self.shared.host
+    }
+
+    /// The memory slots.
+    pub fn slots(&self) -> Slots<'_, F, H> {
+        Slots::new(&self.shared)
+    }
+
+    /// Makes a vCPU, in the normal address space.
+    ///
+    /// # Errors
+    ///
+    /// [`MmuError`] if its root has yet to be made and there is no frame for it.
+    pub fn vcpu(&self) -> Result<Vcpu<F, H>, MmuError> {
+        Vcpu::new(self.shared.clone())
+    }
+
+    /// Zaps a range: every leaf whose frames meet it, and every table that lies wholly in it. Faults go on meanwhile
+    /// and may map frames of the range again.
+    pub fn zap(&self, as_id: AddressSpaceId, range: impl Into<GfnRange>) -> PendingFlush<'_, F, H> {
+        self.shared.zap(as_id, range.into(), ZapScope::Tables)
+    }
+
+    /// Zaps the leaves of a range and leaves the tables, for ranges that will soon be mapped again.
+    pub fn zap_leaves(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+    ) -> PendingFlush<'_, F, H> {
+        self.shared.zap(as_id, range.into(), ZapScope::Leaves)
+    }
+
+    /// Begins to invalidate a range of which the host is about to change the backing: faults on it are told to retry
+    /// until it ends. When this returns, every fault that might still install the old backing has ended.
+    ///
+    /// Must not be called from inside a [`Batch`](crate::Batch) or a host callback: it waits for them.
+    pub fn invalidate_begin(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+    ) -> Invalidation<'_, F, H> {
+        self.shared.invalidate_begin(as_id, range.into())
+    }
+
+    /// Makes the roots of all address spaces obsolete, at once, whatever they map. Each vCPU takes a new one when it
+    /// loads its root before its next guest entry. What the old ones map is taken down by
+    /// [`RootTeardown::finish`], while faults go on under the new ones.
+    pub fn invalidate_roots(&self) -> RootTeardown<F, H> {
+        let roots = self.shared.roots.invalidate();
+        self.shared
+            .shards
+            .sweeps
+            .add(Stat::RootsInvalidated, roots.len() as i64);
+        RootTeardown {
+            shared: self.shared.clone(),
+            roots,
+        }
+    }
+
+    /// Calls `see` for every leaf of the current root of an address space whose frames meet `range`, in order. The MMU
+    /// may change meanwhile.
+    pub fn visit_leaves(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+        see: impl FnMut(Leaf),
+    ) {
+        self.shared.visit_leaves(as_id, range.into(), see);
+    }
+
+    /// The leaf that maps `gfn` now.
+    pub fn translate(&self, as_id: AddressSpaceId, gfn: Gfn) -> Option<Leaf> {
+        let mut found = None;
+        let range = GfnRange::new(gfn, 1)?;
+        self.shared
+            .visit_leaves(as_id, range, |leaf| found = Some(leaf));
+        found
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            garbage: self.shared.domain.counters(),
+            ..self.shared.shards.snapshot()
+        }
+    }
+
+    /// Bytes of metadata kept for each table beside its page.
+    pub const fn metadata_per_table() -> usize {
+        TableMeta::BYTES
+    }
+
+    /// Waits until everything that was retired before is freed.
+    ///
+    /// Must not be called from inside a [`Batch`](crate::Batch) or a host callback.
+    pub fn synchronize(&self) {
+        self.shared.domain.synchronize();
+    }
+}
+
+/// Obsolete roots to be taken down. Dropping it does that.
+#[must_use = "obsolete roots keep their tables until they are taken down"]
+pub struct RootTeardown<F: Format, H: Host> {
+    shared: Arc<Shared<F, H>>,
+    roots: alloc::vec::Vec<Arc<Root<H>>>,
+}
+
+impl<F: Format, H: Host> RootTeardown<F, H> {
+    /// Takes the trees down: seals every entry, flushes, retires the tables.
+    pub fn finish(self) {}
+}
+
+impl<F: Format, H: Host> Drop for RootTeardown<F, H> {
+    fn drop(&mut self) {
+        for root in core::mem::take(&mut self.roots) {
+            let mut pending = PendingFlush::new(&self.shared);
+            self.shared.seal_root(&root, &mut pending);
+            pending.flush();
+            self.shared.roots.buried(&root);
+        }
+    }
+}
+
+impl<F: Format, H: Host> core::fmt::Debug for RootTeardown<F, H> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("RootTeardown")
+            .field("roots", &self.roots.len())
+            .finish()
+    }
+}

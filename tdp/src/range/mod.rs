@@ -1,0 +1,7 @@
+//! Sweeps: operations on a range of guest frames. Each uses the same exchanges on the same entries as a fault does; none
+//! takes an exclusive lock.
+
+mod visit;
+pub(crate) mod zap;
+
+pub use visit::Leaf;

@@ -1,0 +1,48 @@
+//! Looking at what is mapped, on a live MMU.
+
+use crate::host::{AddressSpaceId, Host};
+use crate::iter::TdpIter;
+use crate::mmu::Shared;
+use tdp_arch::{Format, Gfn, GfnRange, Level, Perms, Pfn, Spte};
+
+/// A mapped block of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// First guest frame.
+    pub gfn: Gfn,
+    /// Level: how many frames.
+    pub level: Level,
+    /// First host frame.
+    pub pfn: Pfn,
+    /// What the guest may do; for an access-tracked leaf nothing.
+    pub perms: Perms,
+    /// The entry.
+    pub spte: Spte,
+}
+
+impl<F: Format, H: Host> Shared<F, H> {
+    /// Calls `see` for every leaf of an address space's current root whose frames meet `range`, in order.
+    pub(crate) fn visit_leaves(
+        &self,
+        as_id: AddressSpaceId,
+        range: GfnRange,
+        mut see: impl FnMut(Leaf),
+    ) {
+        let Some(root) = self.roots.current(as_id) else {
+            return;
+        };
+        let mut visit = self.domain.visit();
+        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, &root, range, Level::L1);
+        while let Some(step) = iter.next() {
+            if F::is_leaf(step.spte, step.level) {
+                see(Leaf {
+                    gfn: step.gfn,
+                    level: step.level,
+                    pfn: F::leaf_pfn(step.spte, step.level),
+                    perms: F::perms(step.spte),
+                    spte: step.spte,
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Zap: take translations away.
+//!
+//! Protocol. A leaf is exchanged for the empty pattern. A table that lies wholly in the range is unlinked by exchanging
+//! its parent entry for the empty pattern: whoever wins that exchange owns the table and all below it. The owner then
+//! swaps every entry below to *sealed* (INV: unlink-seals), which harvests what walkers still inside installed and makes
+//! them start again from the root; then the range is flushed, then the tables are retired (INV: flush-before-reuse). A
+//! fault may fill the hole again while all that goes on.
+
+use crate::entry::{self, EntryRef};
+use crate::host::{AddressSpaceId, FrameSource, Host};
+use crate::iter::TdpIter;
+use crate::mmu::Shared;
+use crate::root::Root;
+use crate::stats::{Stat, Tally};
+use crate::table::{self, TableState};
+use crate::tlb::PendingFlush;
+use alloc::vec::Vec;
+use tdp_arch::{Format, GfnRange, Level, Pfn, Spte};
+
+/// What a zap takes away.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ZapScope {
+    /// Leaves only; tables stay, and so do MMIO entries.
+    Leaves,
+    /// Leaves, and tables that lie wholly in the range with all they hold.
+    Tables,
+}
+
+impl<F: Format, H: Host> Shared<F, H> {
+    /// Zaps a range in every root of an address space, roots that are being torn down included.
+    pub(crate) fn zap(
+        &self,
+        as_id: AddressSpaceId,
+        range: GfnRange,
+        scope: ZapScope,
+    ) -> PendingFlush<'_, F, H> {
+        let mut pending = PendingFlush::new(self);
+        for root in self.roots.of(as_id) {
+            self.zap_in_root(&root, range, scope, &mut pending);
+        }
+        pending
+    }
+
+    fn zap_in_root(
+        &self,
+        root: &Root<H>,
+        range: GfnRange,
+        scope: ZapScope,
+        pending: &mut PendingFlush<'_, F, H>,
+    ) {
+        let tally = &self.shards.sweeps;
+        let mut visit = self.domain.visit();
+        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L1);
+        while let Some(step) = iter.next() {
+            let (entry, level, covered) = (step.entry, step.level, step.range());
+            let mut old = step.spte;
+            let unlinked = loop {
+                let is_leaf = F::is_leaf(old, level);
+                let is_table = !is_leaf && F::is_mmu_present(old);
+                let whole_table = is_table && scope == ZapScope::Tables && range.covers(covered);
+                let mmio = scope == ZapScope::Tables && F::mmio_entry(old).is_some();
+                if !is_leaf && !whole_table && !mmio {
+                    break None;
+                }
+                match entry::exchange::<F>(entry, level, old, F::EMPTY, tally) {
+                    Ok(()) => {
+                        if is_leaf {
+                            pending.count_leaf();
+                            pending.note(root.as_id, covered, false);
+                        }
+                        break whole_table.then(|| F::pfn(old));
+                    }
+                    Err(actual) => old = actual,
+                }
+            };
+            if let (Some(pfn), Some(below)) = (unlinked, level.below()) {
+                pending.note(root.as_id, covered, true);
+                seal_subtree::<F, H>(self, pfn, below, tally, pending);
+                iter.skip_below();
+            }
+        }
+    }
+
+    /// Seals everything below a root and the root itself, without flushing.
+    pub(crate) fn seal_root(&self, root: &Root<H>, pending: &mut PendingFlush<'_, F, H>) {
+        let tally = &self.shards.sweeps;
+        seal_entries::<F, H>(self, root.pfn, root.level, tally, pending);
+        self.meta.set_state(root.pfn, TableState::Sealed);
+        pending.note(
+            root.as_id,
+            GfnRange {
+                start: tdp_arch::Gfn(0),
+                end: root.limit(),
+            },
+            true,
+        );
+    }
+}
+
+/// Seals an unlinked table and all below it and puts the tables on `pending`. The caller owns the table: it won the
+/// exchange that unlinked it.
+pub(crate) fn seal_subtree<F: Format, H: Host>(
+    shared: &Shared<F, H>,
+    pfn: Pfn,
+    level: Level,
+    tally: &impl Tally,
+    pending: &mut PendingFlush<'_, F, H>,
+) {
+    tally.add(Stat::Unlinked, 1);
+    seal_entries::<F, H>(shared, pfn, level, tally, pending);
+    shared.meta.set_state(pfn, TableState::Sealed);
+    pending.tables.push(pfn);
+}
+
+/// At most five deep: one call a level.
+fn seal_entries<F: Format, H: Host>(
+    shared: &Shared<F, H>,
+    pfn: Pfn,
+    level: Level,
+    tally: &impl Tally,
+    pending: &mut PendingFlush<'_, F, H>,
+) {
+    let page = table::page(shared.host.frames(), pfn);
+    let mut index = 0;
+    while let Some(entry) = page.get(index) {
+        let old = EntryRef::seal::<F>(entry);
+        entry::account::<F>(level, old, F::SEALED, tally);
+        if F::is_leaf(old, level) {
+            pending.count_leaf();
+        } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {
+            seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);
+        }
+        index += 1;
+    }
+}
+
+/// Frees a tree that no vCPU, sweep or processor uses any more.
+pub(crate) fn free_tree<F: Format, H: Host>(host: &H, root: &Root<H>, meta: &table::TableMeta) {
+    let mut frames: Vec<Pfn> = Vec::new();
+    let mut levels = alloc::vec![(root.pfn, root.level)];
+    while let Some((pfn, level)) = levels.pop() {
+        let page = table::page(host.frames(), pfn);
+        let mut index = 0;
+        while let Some(spte) = page.get(index).map(EntryRef::load) {
+            let is_table = |spte: Spte| F::is_mmu_present(spte) && !F::is_leaf(spte, level);
+            if let (true, Some(below)) = (is_table(spte), level.below()) {
+                levels.push((F::pfn(spte), below));
+                frames.push(F::pfn(spte));
+                meta.set_state(F::pfn(spte), TableState::Free);
+            }
+            index += 1;
+        }
+    }
+    host.frames().free(&frames);
+}

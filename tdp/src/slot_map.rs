@@ -1,0 +1,256 @@
+//! The published state of the memory slots, and the operations that change it.
+//!
+//! The protocol is told in [`slots`](crate::slots).
+
+use crate::host::{AddressSpaceId, Host};
+use crate::mmu::Shared;
+use crate::range_zap::ZapScope;
+use crate::reclaim::Retired;
+use crate::slots::{Slot, SlotError, SlotFlags, SlotId, Snapshot};
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use tdp_arch::{Format, Gfn, GfnRange};
+use tdp_rcu::sync::{AtomicPtr, AtomicU64, Mutex, Ordering};
+use tdp_rcu::{Section, Visit};
+
+/// The map as readers find it.
+pub(crate) struct SlotMap<B> {
+    /// Generation of the published snapshot, stored after the pointer.
+    version: AtomicU64,
+    /// A boxed snapshot, never null.
+    current: AtomicPtr<Snapshot<B>>,
+    /// Held by the one writer.
+    pub(crate) writer: Mutex<()>,
+}
+
+#[allow(unsafe_code)]
+// UNSAFETY: snapshots are read by RCU through a raw pointer.
+impl<B: Clone> SlotMap<B> {
+    pub(crate) fn new() -> Self {
+        Self {
+            version: AtomicU64::new(0),
+            current: AtomicPtr::new(Box::into_raw(Box::new(Snapshot::empty()))),
+            writer: Mutex::new(()),
+        }
+    }
+
+    /// Generation of the published snapshot.
+    #[inline(always)]
+    pub(crate) fn version(&self) -> u64 {
+        // Acquire: pairs with the Release in `publish`. Whoever sees a version sees the snapshot of that version or a
+        // later one, never an earlier one.
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// The published snapshot, for a vCPU inside its critical section.
+    pub(crate) fn snapshot<'s>(&self, _section: &'s Section<'_>) -> &'s Snapshot<B> {
+        // SAFETY: never null; a replaced snapshot is retired to the domain of the section (INV: flush-before-reuse,
+        // its grace-period half), which began before this load.
+        unsafe { &*self.current.load(Ordering::Acquire) }
+    }
+
+    /// The published snapshot, for anyone else.
+    pub(crate) fn visited<'v>(&self, _visit: &'v Visit<'_>) -> &'v Snapshot<B> {
+        // SAFETY: as for a section; a retired snapshot outlives every visit that began before.
+        unsafe { &*self.current.load(Ordering::Acquire) }
+    }
+
+    /// The slot that holds `gfn`.
+    pub(crate) fn find<'s>(
+        &self,
+        section: &'s Section<'_>,
+        as_id: AddressSpaceId,
+        gfn: Gfn,
+    ) -> Option<&'s Arc<Slot<B>>> {
+        self.snapshot(section).find(as_id, gfn)
+    }
+
+    /// Publishes the next snapshot and returns the one that it replaces. The caller holds the writer's lock.
+    fn publish(&self, next: Box<Snapshot<B>>) -> Box<Snapshot<B>> {
+        let version = next.generation;
+        // Release: the snapshot is complete before it can be found; its version follows it (see `version`).
+        let old = self.current.swap(Box::into_raw(next), Ordering::AcqRel);
+        self.version.store(version, Ordering::Release);
+        // SAFETY: every pointer stored came from a box, and the swap gives each to one caller only.
+        unsafe { Box::from_raw(old) }
+    }
+}
+
+#[allow(unsafe_code)]
+impl<B> Drop for SlotMap<B> {
+    fn drop(&mut self) {
+        // UNSAFETY: the other end of `Box::into_raw`.
+        // SAFETY: no reader is left when the map is dropped, and the pointer came from a box.
+        drop(unsafe { Box::from_raw(self.current.load(Ordering::Acquire)) });
+    }
+}
+
+/// The memory slots of an MMU.
+pub struct Slots<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+}
+
+impl<'a, F: Format, H: Host> Slots<'a, F, H> {
+    pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
+        Self { shared }
+    }
+
+    fn limit(&self) -> Gfn {
+        self.shared.roots.level().gfn_limit()
+    }
+
+    fn check_space(&self, as_id: AddressSpaceId) -> Result<(), SlotError> {
+        if as_id.0 < self.shared.address_spaces {
+            Ok(())
+        } else {
+            Err(SlotError::NoSuchSpace { as_id })
+        }
+    }
+
+    /// Publishes what `next` makes of the present state. The caller holds the writer's lock.
+    fn update<R>(
+        &self,
+        next: impl FnOnce(&Snapshot<H::Backing>) -> Result<(Box<Snapshot<H::Backing>>, R), SlotError>,
+    ) -> Result<R, SlotError> {
+        let (snapshot, result) = {
+            let visit = self.shared.domain.visit();
+            next(self.shared.slots.visited(&visit))?
+        };
+        let replaced = self.shared.slots.publish(snapshot);
+        self.shared.domain.retire(
+            Retired::Slots {
+                _snapshot: replaced,
+            },
+            1,
+        );
+        Ok(result)
+    }
+
+    fn change(
+        &self,
+        as_id: AddressSpaceId,
+        id: SlotId,
+        change: impl FnOnce(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
+    ) -> Result<(), SlotError> {
+        let limit = self.limit();
+        self.update(|now| Ok((now.changed(as_id, id, limit, change)?, ())))
+    }
+
+    /// Adds a slot. Faults see it from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`] if it is empty, reaches too far, overlaps another or its id is taken; nothing changed.
+    pub fn insert(&self, slot: Slot<H::Backing>) -> Result<SlotId, SlotError> {
+        self.check_space(slot.as_id())?;
+        let _writer = self.shared.slots.writer.lock();
+        let limit = self.limit();
+        self.update(|now| now.with(slot, limit))
+    }
+
+    /// Removes a slot. When this returns no vCPU can reach its backing.
+    ///
+    /// Waits for faults that began before; must not be called from inside a [`Batch`](crate::Batch) or a host callback.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::NoSuchSlot`].
+    pub fn remove(&self, as_id: AddressSpaceId, id: SlotId) -> Result<(), SlotError> {
+        self.replace(as_id, id, |_| None)
+    }
+
+    /// Moves a slot to other guest frames. What it mapped is taken away; faults map it anew.
+    ///
+    /// Waits as [`remove`](Slots::remove) does.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`]; nothing changed.
+    pub fn move_to(&self, as_id: AddressSpaceId, id: SlotId, start: Gfn) -> Result<(), SlotError> {
+        self.replace(as_id, id, |slot| Some(slot.moved_to(start)))
+    }
+
+    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
+    ///
+    /// Waits as [`remove`](Slots::remove) does.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::NoSuchSlot`].
+    pub fn set_flags(
+        &self,
+        as_id: AddressSpaceId,
+        id: SlotId,
+        flags: SlotFlags,
+    ) -> Result<(), SlotError> {
+        let remaps =
+            |slot: &Slot<H::Backing>| (slot.flags() ^ flags).contains(SlotFlags::READ_ONLY);
+        if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
+            self.replace(as_id, id, |slot| Some(slot.with_flags(flags)))
+        } else {
+            let _writer = self.shared.slots.writer.lock();
+            self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
+        }
+    }
+
+    /// Takes away what a slot maps and puts what `change` makes of it in its place.
+    fn replace(
+        &self,
+        as_id: AddressSpaceId,
+        id: SlotId,
+        change: impl Fn(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
+    ) -> Result<(), SlotError> {
+        let _writer = self.shared.slots.writer.lock();
+        let limit = self.limit();
+        // Refused before anything is published, so that the tables stay as they are.
+        let gfns = {
+            let visit = self.shared.domain.visit();
+            let now = self.shared.slots.visited(&visit);
+            drop(now.changed(as_id, id, limit, &change)?);
+            now.by_id(as_id, id)?.gfns()
+        };
+        self.change(as_id, id, |slot| Some(slot.changing(true)))?;
+        // INV: no-stale-install: the fence inside pairs with the one at the start of every critical section. A fault
+        // that is not waited for began later and sees the slot changing.
+        self.shared.domain.synchronize_sections();
+        self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
+        self.change(as_id, id, |slot| change(slot.changing(false)))
+    }
+
+    /// The slot that holds `gfn`.
+    pub fn find(&self, as_id: AddressSpaceId, gfn: Gfn) -> Option<Arc<Slot<H::Backing>>> {
+        let visit = self.shared.domain.visit();
+        self.shared.slots.visited(&visit).find(as_id, gfn).cloned()
+    }
+
+    /// The slot with an id.
+    pub fn by_id(&self, as_id: AddressSpaceId, id: SlotId) -> Option<Arc<Slot<H::Backing>>> {
+        let visit = self.shared.domain.visit();
+        self.shared
+            .slots
+            .visited(&visit)
+            .by_id(as_id, id)
+            .ok()
+            .cloned()
+    }
+
+    /// All slots of an address space, by first frame.
+    pub fn list(&self, as_id: AddressSpaceId) -> Vec<Arc<Slot<H::Backing>>> {
+        let visit = self.shared.domain.visit();
+        self.shared.slots.visited(&visit).list(as_id).to_vec()
+    }
+
+    /// Moves with every change of the slots.
+    pub fn generation(&self) -> u64 {
+        self.shared.slots.version()
+    }
+
+    /// Frames that a slot may have.
+    pub fn addressable(&self) -> GfnRange {
+        GfnRange {
+            start: Gfn(0),
+            end: self.limit(),
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Flush requests, the proof of a flush, and TLB tracking.
+//!
+//! Protocol of tracking. A global epoch, and per vCPU the epoch at which it entered the guest (0: not inside). *Track*
+//! advances the epoch and waits until no vCPU is inside with an older one; a vCPU that enters publishes the epoch it
+//! saw, and flushes its own TLB first if that is not the one of its last flush. So a vCPU that is outside when the epoch
+//! moves is not waited for, and yet never runs with what it cached before.
+
+use crate::host::{FlushRequest, Host};
+use crate::mmu::Shared;
+use crate::reclaim::Retired;
+use crate::stats::{Stat, Tally};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use tdp_arch::{Format, Gfn, GfnRange, Pfn};
+use tdp_rcu::sync::{AtomicU64, Backoff, CachePadded, Mutex, Ordering, fence};
+
+/// Proof that a flush has happened since a sweep changed its entries. Only flushing makes one.
+#[derive(Debug)]
+pub struct Flushed(());
+
+/// What a sweep leaves to be flushed: translations that vCPUs may still hold, and the tables that go with them.
+///
+/// Freeing anything the guest could reach through those translations needs the [`Flushed`] that
+/// [`flush`](PendingFlush::flush) returns (INV: flush-before-reuse). Dropping it flushes too; it is never lost.
+#[must_use = "what a sweep took away is still cached by vCPUs until it is flushed"]
+pub struct PendingFlush<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    request: Option<FlushRequest>,
+    pub(crate) tables: Vec<Pfn>,
+    leaves: u64,
+}
+
+impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
+    pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
+        Self {
+            shared,
+            request: None,
+            tables: Vec::new(),
+            leaves: 0,
+        }
+    }
+
+    /// Notes that translations of `range` went away. Monotone: what was noted stays noted.
+    pub(crate) fn note(&mut self, as_id: crate::AddressSpaceId, range: GfnRange, tables: bool) {
+        let request = self.request.get_or_insert(FlushRequest {
+            as_id,
+            range,
+            tables,
+        });
+        request.range.start = Gfn(request.range.start.0.min(range.start.0));
+        request.range.end = Gfn(request.range.end.0.max(range.end.0));
+        request.tables |= tables;
+    }
+
+    pub(crate) fn count_leaf(&mut self) {
+        self.leaves += 1;
+    }
+
+    /// Whether there is nothing to flush.
+    pub fn is_empty(&self) -> bool {
+        self.request.is_none()
+    }
+
+    /// Leaves that the sweep took away.
+    pub fn leaves(&self) -> u64 {
+        self.leaves
+    }
+
+    /// Tables that the sweep unlinked.
+    pub fn tables(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Flushes, then retires the unlinked tables: they are freed after a grace period.
+    pub fn flush(mut self) -> Flushed {
+        self.run();
+        Flushed(())
+    }
+
+    fn run(&mut self) {
+        if let Some(request) = self.request.take() {
+            self.shared.shards.sweeps.add(Stat::Flushes, 1);
+            self.shared.host.flush(&request);
+        }
+        if !self.tables.is_empty() {
+            // INV: flush-before-reuse: unlinked, sealed and flushed; the grace period is the domain's.
+            let frames = core::mem::take(&mut self.tables);
+            let weight = frames.len();
+            self.shared
+                .domain
+                .retire(Retired::tables(self.shared.host.clone(), frames), weight);
+        }
+    }
+}
+
+impl<F: Format, H: Host> Drop for PendingFlush<'_, F, H> {
+    fn drop(&mut self) {
+        self.run();
+    }
+}
+
+impl<F: Format, H: Host> core::fmt::Debug for PendingFlush<'_, F, H> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("PendingFlush")
+            .field("request", &self.request)
+            .field("tables", &self.tables.len())
+            .finish()
+    }
+}
+
+/// Epoch 0 means "not in the guest".
+const OUTSIDE: u64 = 0;
+
+#[derive(Debug, Default)]
+struct TlbRecord {
+    /// Epoch at guest entry, or [`OUTSIDE`].
+    inside: CachePadded<AtomicU64>,
+}
+
+#[derive(Debug)]
+struct TrackerInner {
+    epoch: CachePadded<AtomicU64>,
+    vcpus: Mutex<Vec<Arc<TlbRecord>>>,
+}
+
+/// Which vCPUs may hold translations from before a moment. One per VM; a handle to it is cheap to clone.
+#[derive(Clone, Debug)]
+pub struct TlbTracker {
+    inner: Arc<TrackerInner>,
+}
+
+impl Default for TlbTracker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TlbTracker {
+    /// A tracker without vCPUs.
+    pub fn new() -> Self {
+        let inner = TrackerInner {
+            epoch: CachePadded::new(AtomicU64::new(1)),
+            vcpus: Mutex::new(Vec::new()),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Registers a vCPU, which is outside the guest and has an empty TLB.
+    pub fn vcpu(&self) -> TlbVcpu {
+        let record = Arc::new(TlbRecord::default());
+        self.inner.vcpus.lock().push(record.clone());
+        TlbVcpu {
+            tracker: self.inner.clone(),
+            record,
+            entered: OUTSIDE,
+            flushed_at: OUTSIDE,
+        }
+    }
+
+    /// Advances the epoch and waits until every vCPU that is in the guest with an older one has left it. `kick` is
+    /// called once with the number, in order of registration, of each that has to be made to leave.
+    pub fn track(&self, mut kick: impl FnMut(usize)) {
+        // SeqCst fence: pairs with the one in `enter`. Either a vCPU's entry is seen below and waited for, or the vCPU
+        // sees the new epoch and flushes.
+        let epoch = self.inner.epoch.fetch_add(1, Ordering::AcqRel) + 1;
+        fence(Ordering::SeqCst);
+        let vcpus: Vec<_> = self.inner.vcpus.lock().iter().cloned().collect();
+        let is_behind = |record: &TlbRecord| {
+            // Acquire: pairs with the Release of `exit`, so that what the vCPU did inside came before.
+            let inside = record.inside.load(Ordering::Acquire);
+            inside != OUTSIDE && inside < epoch
+        };
+        for (number, record) in vcpus.iter().enumerate() {
+            if is_behind(record) {
+                kick(number);
+            }
+        }
+        for record in &vcpus {
+            let backoff = Backoff::new();
+            while is_behind(record) {
+                backoff.snooze();
+            }
+        }
+    }
+}
+
+/// A vCPU's end of a [`TlbTracker`].
+#[derive(Debug)]
+pub struct TlbVcpu {
+    tracker: Arc<TrackerInner>,
+    record: Arc<TlbRecord>,
+    entered: u64,
+    flushed_at: u64,
+}
+
+impl TlbVcpu {
+    /// Enters the guest. Returns whether the vCPU must flush its TLB before its first access.
+    #[must_use = "a vCPU that must flush and does not runs with stale translations"]
+    pub fn enter(&mut self) -> bool {
+        loop {
+            let epoch = self.tracker.epoch.load(Ordering::Relaxed);
+            self.record.inside.store(epoch, Ordering::Relaxed);
+            // SeqCst: pairs with the fence in `track`. If the store is ordered first, the tracker sees this vCPU inside;
+            // if the tracker's advance is, the load below sees the new epoch and entry starts over.
+            fence(Ordering::SeqCst);
+            if self.tracker.epoch.load(Ordering::Acquire) == epoch {
+                self.entered = epoch;
+                break;
+            }
+        }
+        core::mem::replace(&mut self.flushed_at, self.entered) != self.entered
+    }
+
+    /// Whether the vCPU is asked to leave the guest.
+    #[inline]
+    pub fn kicked(&self) -> bool {
+        self.tracker.epoch.load(Ordering::Relaxed) != self.entered
+    }
+
+    /// Leaves the guest.
+    pub fn exit(&mut self) {
+        // Release: pairs with the Acquire of `track`.
+        self.record.inside.store(OUTSIDE, Ordering::Release);
+    }
+}
+
+impl Drop for TlbVcpu {
+    fn drop(&mut self) {
+        self.exit();
+        self.tracker
+            .vcpus
+            .lock()
+            .retain(|other| !Arc::ptr_eq(other, &self.record));
+    }
+}

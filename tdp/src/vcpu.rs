@@ -1,0 +1,355 @@
+//! One vCPU's end of the MMU: everything that a fault needs and nobody else writes.
+//!
+//! Protocol. A [`Vcpu`] is used by one thread at a time. Its tables are topped up *outside* the critical section, so a
+//! fault never allocates inside one. Its critical section is its own word of the epoch domain; its counters, its cache
+//! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
+//! even when it is obsolete, until [`Vcpu::load_root`] takes the next one.
+
+use crate::fault::{Fault, FaultError, MemoryFaultReason, Outcome, Resolution};
+use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
+use crate::mmu::{MmuError, Shared};
+use crate::root::{LoadedRoot, Root};
+use crate::slots::Slot;
+use crate::stats::Shard;
+use crate::table::{self, TableCache, TableState};
+use alloc::sync::Arc;
+use tdp_arch::{Access, Format, Gfn};
+use tdp_rcu::{Reader, Section};
+
+/// Tables that one fault may need: one for each level below a root of level 5, and one to spare.
+const TABLES_PER_FAULT: usize = 5;
+/// Tables asked for at a time.
+const TOP_UP: usize = 16;
+/// Rounds of driving reclamation before an allocation gives up.
+const RECLAIM_ROUNDS: usize = 64;
+
+/// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
+pub struct Vcpu<F: Format, H: Host> {
+    reader: Reader,
+    core: VcpuCore<F, H>,
+}
+
+/// The part of a vCPU that works inside a critical section.
+pub(crate) struct VcpuCore<F: Format, H: Host> {
+    pub(crate) root: Arc<Root<H>>,
+    pub(crate) shared: Arc<Shared<F, H>>,
+    pub(crate) shard: Arc<Shard>,
+    pub(crate) as_id: AddressSpaceId,
+    hint: SlotHint<H::Backing>,
+    pub(crate) cache: TableCache,
+}
+
+/// The slot that was used last, and the version of the slot map under which it was found.
+struct SlotHint<B> {
+    version: u64,
+    slot: *const Slot<B>,
+}
+
+#[allow(unsafe_code)]
+// UNSAFETY: the hint is a raw pointer, which the compiler takes for thread-bound.
+// SAFETY: the pointer is dereferenced only in `find_slot`, under the version rule stated there, whichever thread runs it;
+// `Slot<B>` itself may be used from any thread because `B` is `Send` and `Sync`.
+unsafe impl<B: Send + Sync> Send for SlotHint<B> {}
+
+impl<B> SlotHint<B> {
+    const fn none() -> Self {
+        Self {
+            version: u64::MAX,
+            slot: core::ptr::null(),
+        }
+    }
+}
+
+impl<F: Format, H: Host> Vcpu<F, H> {
+    pub(crate) fn new(shared: Arc<Shared<F, H>>) -> Result<Self, MmuError> {
+        let as_id = AddressSpaceId::default();
+        let root = shared.load_root(as_id)?;
+        let shard = shared.shards.vcpu();
+        let reader = shared.domain.reader();
+        let core = VcpuCore {
+            root,
+            shared,
+            shard,
+            as_id,
+            hint: SlotHint::none(),
+            cache: TableCache::new(),
+        };
+        Ok(Self { reader, core })
+    }
+
+    /// Resolves a fault.
+    ///
+    /// # Errors
+    ///
+    /// [`FaultError::OutOfFrames`] if a table may be needed and the frame source has none left, even after everything
+    /// that waited for a grace period was freed. Nothing was changed.
+    #[inline]
+    pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        self.core.top_up()?;
+        let section = self.reader.enter();
+        match self.core.resolve(&section, fault) {
+            Resolution::Done(outcome) => Ok(outcome),
+            Resolution::Sleep(slot, sequence) => {
+                drop(section);
+                Ok(self.sleep(fault, &slot, sequence))
+            }
+        }
+    }
+
+    #[cold]
+    fn sleep(&mut self, fault: Fault, slot: &Arc<Slot<H::Backing>>, sequence: u64) -> Outcome {
+        let lookup = self
+            .core
+            .shared
+            .host
+            .lookup_blocking(slot, fault.gpa.gfn(), fault.access);
+        let section = self.reader.enter();
+        self.core
+            .resolve_slept(&section, fault, slot, sequence, lookup)
+    }
+
+    /// Maps `gfn` as `mapping` says, for `access`, whatever the memory slots say: the bare operation below
+    /// [`fault`](Vcpu::fault), for embedders that keep their own books. The leaf's level is at most `mapping.level`,
+    /// and less where guest and host frame are not aligned alike.
+    ///
+    /// # Errors
+    ///
+    /// As [`fault`](Vcpu::fault).
+    #[inline]
+    pub fn map(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        self.core.top_up()?;
+        let section = self.reader.enter();
+        Ok(self.core.map(&section, gfn, mapping, access))
+    }
+
+    /// Begins a batch: one critical section for many faults, renewed at each.
+    ///
+    /// # Errors
+    ///
+    /// As [`fault`](Vcpu::fault).
+    pub fn batch(&mut self) -> Result<Batch<'_, F, H>, FaultError> {
+        self.core.top_up()?;
+        Ok(Batch {
+            section: self.reader.enter(),
+            core: &mut self.core,
+        })
+    }
+
+    /// The address space that this vCPU runs in.
+    pub fn address_space(&self) -> AddressSpaceId {
+        self.core.as_id
+    }
+
+    /// Runs this vCPU in another address space from its next root on, which is loaded now.
+    ///
+    /// # Errors
+    ///
+    /// [`MmuError`] if there is no such space or no frame for its root; the vCPU stays where it was.
+    pub fn set_address_space(&mut self, as_id: AddressSpaceId) -> Result<LoadedRoot, MmuError> {
+        let root = self.core.shared.load_root(as_id)?;
+        self.core.as_id = as_id;
+        self.core.root = root;
+        self.core.hint = SlotHint::none();
+        Ok(self.core.loaded())
+    }
+
+    /// The root to enter the guest with. Called before every entry: it is the current one unless that has become
+    /// obsolete, which costs a look at one flag.
+    ///
+    /// # Errors
+    ///
+    /// [`MmuError`] if a new root is needed and there is no frame for it.
+    pub fn load_root(&mut self) -> Result<LoadedRoot, MmuError> {
+        if self.core.root.is_obsolete() {
+            self.core.root = self.core.shared.load_root(self.core.as_id)?;
+        }
+        Ok(self.core.loaded())
+    }
+}
+
+impl<F: Format, H: Host> Drop for Vcpu<F, H> {
+    fn drop(&mut self) {
+        let core = &mut self.core;
+        let spare = core.cache.drain();
+        for &pfn in spare {
+            core.shared.meta.set_state(pfn, TableState::Free);
+        }
+        core.shared.host.frames().free(spare);
+        core.shared.shards.retire(&core.shard);
+    }
+}
+
+impl<F: Format, H: Host> core::fmt::Debug for Vcpu<F, H> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("as_id", &self.core.as_id)
+            .field("spare_tables", &self.core.cache.len())
+            .finish()
+    }
+}
+
+/// Faults under one critical section. Grace periods still pass: the section is renewed at every fault.
+pub struct Batch<'a, F: Format, H: Host> {
+    section: Section<'a>,
+    core: &'a mut VcpuCore<F, H>,
+}
+
+impl<F: Format, H: Host> Batch<'_, F, H> {
+    /// As [`Vcpu::fault`]; a look-up that would have to sleep is answered
+    /// [`Retry`](crate::RetryReason::Backing), because a batch does not leave its critical section.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::fault`].
+    #[inline]
+    pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        self.core.top_up_inside()?;
+        self.section.repin();
+        match self.core.resolve(&self.section, fault) {
+            Resolution::Done(outcome) => Ok(outcome),
+            Resolution::Sleep(..) => Ok(self.core.retry(crate::RetryReason::Backing)),
+        }
+    }
+
+    /// As [`Vcpu::map`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::fault`].
+    #[inline]
+    pub fn map(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        self.core.top_up_inside()?;
+        self.section.repin();
+        Ok(self.core.map(&self.section, gfn, mapping, access))
+    }
+}
+
+impl<F: Format, H: Host> VcpuCore<F, H> {
+    #[inline(always)]
+    fn map(
+        &mut self,
+        _section: &Section<'_>,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Outcome {
+        let fault = Fault::new(gfn.address(), access);
+        if gfn >= self.root.limit() {
+            return self.memory_fault(fault, MemoryFaultReason::BeyondWidth);
+        }
+        if !mapping.perms.contains(access.needs()) {
+            return self.memory_fault(fault, MemoryFaultReason::NotPermitted);
+        }
+        if self.root.is_obsolete() {
+            return self.retry(crate::RetryReason::RootObsolete);
+        }
+        self.install_mapping(fault, mapping.level, mapping, mapping.perms)
+    }
+
+    /// Makes sure that one fault finds enough tables.
+    #[inline(always)]
+    fn top_up(&mut self) -> Result<(), FaultError> {
+        if self.cache.len() >= TABLES_PER_FAULT {
+            Ok(())
+        } else {
+            self.top_up_slow(true)
+        }
+    }
+
+    #[inline(always)]
+    fn top_up_inside(&mut self) -> Result<(), FaultError> {
+        if self.cache.len() >= TABLES_PER_FAULT {
+            Ok(())
+        } else {
+            self.top_up_slow(false)
+        }
+    }
+
+    /// Asks the frame source; where it has none, drives reclamation forward (INV: bounded-garbage), and waits for grace
+    /// periods if this vCPU is not inside a section that would hold them up.
+    #[cold]
+    #[inline(never)]
+    fn top_up_slow(&mut self, outside: bool) -> Result<(), FaultError> {
+        let shared = self.shared.clone();
+        let mut reclaimed = !outside;
+        while self.cache.len() < TABLES_PER_FAULT {
+            match self.allocate(&shared) {
+                Ok(()) => {}
+                Err(error) if reclaimed => return Err(error.into()),
+                Err(_) => {
+                    shared.domain.drain(RECLAIM_ROUNDS);
+                    reclaimed = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn allocate(&mut self, shared: &Shared<F, H>) -> Result<(), OutOfFrames> {
+        let frames = shared.host.frames();
+        let count = frames.allocate(self.cache.room(TOP_UP))?;
+        for &pfn in self.cache.grown(count) {
+            shared.meta.set_state(pfn, TableState::Spare);
+            table::page(frames, pfn).fill(|_| F::EMPTY);
+        }
+        Ok(())
+    }
+
+    /// The slot that holds `gfn`.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn find_slot<'s>(
+        &mut self,
+        section: &'s Section<'_>,
+        gfn: Gfn,
+    ) -> Option<&'s Slot<H::Backing>> {
+        let version = self.shared.slots.version();
+        if self.hint.version == version {
+            // UNSAFETY: a pointer kept from an earlier critical section.
+            // SAFETY: the map is still at the version under which the slot was found, and that was read inside this
+            // critical section; the snapshot that owns the slot is retired only after the version moved, so it lives
+            // until this section ends.
+            let slot = unsafe { &*self.hint.slot };
+            if slot.gfns().contains(gfn) {
+                return Some(slot);
+            }
+        }
+        self.find_slot_slow(section, gfn)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find_slot_slow<'s>(
+        &mut self,
+        section: &'s Section<'_>,
+        gfn: Gfn,
+    ) -> Option<&'s Slot<H::Backing>> {
+        let snapshot = self.shared.slots.snapshot(section);
+        let slot = snapshot.find(self.as_id, gfn)?;
+        self.hint = SlotHint {
+            version: snapshot.generation,
+            slot: Arc::as_ptr(slot),
+        };
+        Some(slot)
+    }
+
+    fn loaded(&self) -> LoadedRoot {
+        let root = &self.root;
+        LoadedRoot {
+            hpa: root.pfn.address(),
+            level: root.level,
+            pointer: F::root_pointer(root.pfn, root.level, root.ad_bits),
+            generation: root.generation,
+        }
+    }
+}
