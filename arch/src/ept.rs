@@ -73,7 +73,7 @@ impl Format for Ept {
     const AD_SOFTWARE: u64 = AD_SOFTWARE;
     const NX_SPLIT: u64 = NX_SPLIT;
 
-    #[inline]
+    #[inline(always)]
     fn table(pfn: Pfn) -> Spte {
         // Accessed is set from the start: the processor then never has to write a table entry (SDM 29.3.5), so that
         // a walk of warm tables writes nothing.
@@ -87,7 +87,7 @@ impl Format for Ept {
         )
     }
 
-    #[inline]
+    #[inline(always)]
     fn leaf(pfn: Pfn, level: Level, attrs: LeafAttrs) -> Spte {
         let mut bits = MMU_PRESENT | SUPPRESS_VE | ((pfn.0 << 12) & Self::PFN_MASK);
         bits |= u64::from(attrs.perms.bits() & 0b111);

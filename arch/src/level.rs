@@ -60,6 +60,18 @@ impl Level {
         }
     }
 
+    /// One level nearer to the leaf; level 1 stays. For walks that stop at a level of their own.
+    #[inline(always)]
+    pub const fn below_or_leaf(self) -> Self {
+        // Compiles to a subtraction, which the form with an `Option` does not.
+        match self {
+            Level::L1 | Level::L2 => Level::L1,
+            Level::L3 => Level::L2,
+            Level::L4 => Level::L3,
+            Level::L5 => Level::L4,
+        }
+    }
+
     /// One level nearer to the root, or `None` at level 5.
     #[inline]
     pub const fn above(self) -> Option<Self> {

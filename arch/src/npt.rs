@@ -76,13 +76,13 @@ impl Format for Npt {
     const AD_SOFTWARE: u64 = AD_SOFTWARE;
     const NX_SPLIT: u64 = NX_SPLIT;
 
-    #[inline]
+    #[inline(always)]
     fn table(pfn: Pfn) -> Spte {
         // Accessed is set from the start, so that the processor never has to write a table entry.
         Spte(PRESENT | WRITE | USER | ACCESSED | MMU_PRESENT | ((pfn.0 << 12) & Self::PFN_MASK))
     }
 
-    #[inline]
+    #[inline(always)]
     fn leaf(pfn: Pfn, level: Level, attrs: LeafAttrs) -> Spte {
         let mut bits = MMU_PRESENT | USER | ((pfn.0 << 12) & Self::PFN_MASK);
         // There is no execute-only or write-only page in this format: anything permitted makes it readable.

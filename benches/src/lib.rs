@@ -8,6 +8,7 @@ pub mod baseline;
 pub mod cli;
 pub mod demand_paging;
 pub mod formats;
+pub mod ours;
 pub mod race;
 pub mod replay;
 pub mod report;

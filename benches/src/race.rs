@@ -6,7 +6,9 @@
 //!   no figure;
 //! * one vCPU is charged its thread's processor time, which the rest of the machine disturbs less than wall time;
 //!   many vCPUs are charged the wall time from the first start to the last end, divided by all operations;
-//! * contenders take turns, round by round, in one process; a slow spell of the machine meets all of them alike.
+//! * contenders take turns, round by round, in one process; a slow spell of the machine meets all of them alike;
+//! * a lap tells how often a thread of it was taken off its processor against its will, so that whoever runs it can
+//!   repeat it. Threads that sleep on a lock go of their own will and are not counted.
 
 use crate::report::Error;
 use crate::sync::{AtomicUsize, Ordering, Padded};
@@ -46,6 +48,37 @@ pub trait Contender: Sync {
 
     /// Where `gfn` is mapped, asked of the tables and not of what was meant to be in them. No worker is at work.
     fn translate(&self, gfn: Gfn) -> Option<Translation>;
+
+    /// How many leaves are mapped by the contender's own books, if it keeps any. No worker is at work.
+    fn leaves(&self) -> Option<u64> {
+        None
+    }
+
+    /// What its tables take now, if it can tell.
+    fn footprint(&self) -> Option<Footprint> {
+        None
+    }
+
+    /// Takes everything down, the workers already being gone, and tells how many table frames did not come back.
+    fn leaked(self) -> u64
+    where
+        Self: Sized,
+    {
+        0
+    }
+}
+
+/// Memory of a contender's tables, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Footprint {
+    /// Tables that are linked, the root included.
+    pub tables: u64,
+    /// Their pages.
+    pub table_bytes: u64,
+    /// What is kept beside them.
+    pub metadata_bytes: u64,
+    /// Tables that vCPUs hold ready.
+    pub spare_bytes: u64,
 }
 
 /// Where a page is.
@@ -116,6 +149,8 @@ pub struct Lap {
     pub wall: Duration,
     /// Processor time of all threads together.
     pub cpu: Duration,
+    /// Times that a thread was taken off its processor against its will.
+    pub preemptions: u64,
 }
 
 /// Where threads wait for each other before the clock starts. They spin: a thread that has to be woken starts late.
@@ -178,7 +213,11 @@ pub fn lap<C: Contender>(
     let start = runs.iter().map(|run| run.start).min();
     let end = runs.iter().map(|run| run.end).max();
     let wall = start.zip(end).map_or(Duration::ZERO, |(start, end)| end - start);
-    Ok(Lap { wall, cpu: runs.iter().map(|run| run.cpu).sum() })
+    Ok(Lap {
+        wall,
+        cpu: runs.iter().map(|run| run.cpu).sum(),
+        preemptions: runs.iter().map(|run| run.preemptions).sum(),
+    })
 }
 
 /// One thread's part of a lap.
@@ -186,6 +225,7 @@ struct Run {
     start: Instant,
     end: Instant,
     cpu: Duration,
+    preemptions: u64,
 }
 
 fn run<C: Contender>(
@@ -202,12 +242,14 @@ fn run<C: Contender>(
     // Whoever fails must still cross the line, or the others wait for ever.
     line.wait();
     pinned?;
+    let preemptions = sys::preemptions();
     let (cpu, start) = (sys::thread_time(), Instant::now());
     let outcome = traverse(contender, worker, course, order);
     let end = Instant::now();
     let cpu = sys::thread_time() - cpu;
+    let preemptions = sys::preemptions() - preemptions;
     outcome.map_err(Into::into)?;
-    Ok(Run { start, end, cpu })
+    Ok(Run { start, end, cpu, preemptions })
 }
 
 /// The timed loop.
@@ -246,6 +288,8 @@ pub struct Laps {
     pub wall_ns: Vec<u64>,
     /// Processor nanoseconds of each lap, of all threads together.
     pub cpu_ns: Vec<u64>,
+    /// How often threads were taken off their processors in each lap.
+    pub preemptions: Vec<u64>,
 }
 
 impl Laps {
@@ -259,6 +303,7 @@ impl Laps {
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.wall_ns.push(ns(lap.wall));
         self.cpu_ns.push(ns(lap.cpu));
+        self.preemptions.push(lap.preemptions);
     }
 
     /// Nanoseconds an operation, round by round, by the clock that counts for this number of threads.

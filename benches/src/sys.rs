@@ -1,5 +1,5 @@
-//! The three things that a measurement needs from the operating system: a thread's processor time, where it runs,
-//! and how much memory there is.
+//! What a measurement needs from the operating system: a thread's processor time, whether it was interrupted, where it
+//! runs, and how much memory there is.
 
 // UNSAFETY: system calls through libc.
 #![allow(unsafe_code)]
@@ -14,6 +14,16 @@ pub fn thread_time() -> Duration {
     assert_eq!(failed, 0, "CLOCK_THREAD_CPUTIME_ID has been in Linux since 2.6.12");
     // The clock never runs below zero and its nanoseconds stay below a second.
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// How often the calling thread has been taken off its processor against its will.
+pub fn preemptions() -> u64 {
+    // SAFETY: an `rusage` is made of integers, for which zero is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is a valid place for the result and outlives the call.
+    let failed = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    assert_eq!(failed, 0, "RUSAGE_THREAD has been in Linux since 2.6.26");
+    usage.ru_nivcsw as u64
 }
 
 /// Ties the calling thread to processor `cpu`.

@@ -16,7 +16,7 @@ use crate::counters::{Batch, Counters, Tally};
 use crate::queue::Queue;
 use crate::section::{Home, Reader, Registry};
 use crate::sync::{Arc, AtomicBool, Backoff, Mutex, Ordering};
-use crate::visit::Visit;
+use crate::visit::{self, Visit};
 
 /// How often a drive moves the epoch on. A bag of garbage is dropped two advances after it was sealed; the first flush
 /// seals it, so that with no visit in the way three rounds drop all that one drive hands over.
@@ -36,6 +36,9 @@ impl Default for DomainConfig {
 }
 
 /// A reclamation domain for garbage of type `G`, which is freed by dropping it. Clones are the same domain.
+///
+/// The drop of a `G` runs in whatever call moved it on (`drive`, `retire`, `visit`, the blocking calls), without a lock of
+/// the domain held; it may retire more. It should not panic: a panic passes through that call.
 ///
 /// When the last clone and the last [`Reader`] are gone, everything that still waits is dropped at once: no section and no
 /// visit can be alive then.
@@ -119,15 +122,16 @@ impl<G: Send + 'static> Domain<G> {
         inner.tally.freed().wrapping_sub(before) as usize
     }
 
-    /// Blocks until every section and every visit that began before has ended (a visit also by being repinned); drives
-    /// meanwhile.
+    /// Blocks until every section and every visit that began before has ended or been repinned (a visit up to twice);
+    /// drives at the end. A visit that begins meanwhile may be waited for as well.
     ///
     /// Garbage that was retired before may still wait for sections and visits that began later: that is what
     /// [`drain`](Self::drain) is for. Must not be called by a thread inside a section or a visit of this domain: it would
-    /// wait for itself.
+    /// wait for itself, which debug builds with std report by a panic.
     pub fn synchronize(&self) {
-        self.synchronize_sections();
         let inner = &*self.inner;
+        visit::forbid_own(&inner.collector);
+        self.synchronize_sections();
         // The collector drops what is deferred on it when all the visits of now have ended: a flag will do.
         let ended = Arc::new(AtomicBool::new(false));
         {
@@ -154,7 +158,8 @@ impl<G: Send + 'static> Domain<G> {
     /// for visits, frees nothing, allocates nothing.
     ///
     /// What the caller wrote before is seen by every section that begins later; what a section wrote that began earlier is
-    /// seen by the caller after. Must not be called by a thread inside a section of this domain.
+    /// seen by the caller after. Must not be called by a thread inside a section of this domain, as for
+    /// [`synchronize`](Self::synchronize).
     pub fn synchronize_sections(&self) {
         self.inner.registry.synchronize();
     }
@@ -226,8 +231,10 @@ impl<G: Send + 'static> Inner<G> {
     fn advance_epoch(&self, ripe: Vec<Batch<G>>, enough: impl Fn() -> bool) {
         let handle = self.collector.register();
         let mut guard = handle.pin();
-        for batch in ripe {
-            guard.defer(move || drop(batch));
+        if !ripe.is_empty() {
+            // One deferral for all of them: should the drop of a `G` panic, the vector still drops the others, and no other
+            // deferral shares the participant's bag.
+            guard.defer(move || drop(ripe));
         }
         for _ in 0..ROUNDS {
             guard.flush();

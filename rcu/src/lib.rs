@@ -30,12 +30,12 @@
 //! ```
 
 #![no_std]
-#![cfg_attr(docsrs, feature(doc_cfg))]
 
 extern crate alloc;
 #[cfg(any(feature = "std", loom))]
 extern crate std;
 
+mod barrier;
 mod counters;
 mod domain;
 mod queue;

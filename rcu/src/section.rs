@@ -25,7 +25,10 @@ use alloc::vec::Vec;
 use core::cell::Cell;
 use core::marker::PhantomData;
 
-use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering, fence, spin_loop, store_fence};
+use crate::barrier;
+#[cfg(not(loom))]
+use crate::sync::spin_loop;
+use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering};
 
 /// How many records a scan remembers on the stack before it waits for them.
 const SCAN: usize = if cfg!(loom) { 2 } else { 128 };
@@ -109,14 +112,6 @@ fn thread_number() -> usize {
     MARK.with(|mark| core::ptr::from_ref(mark).addr())
 }
 
-/// The retire side's fence, between the unlinking and the look at the words; partner of `store_fence` in
-/// [`Reader::enter`] (both interleavings are at the head of this file). The two are the only ones that would change for an
-/// asymmetric scheme, where this becomes a barrier on every running thread and the other a compiler fence.
-#[inline]
-fn overtake_sections() {
-    fence(Ordering::SeqCst);
-}
-
 /// The registered readers of a domain. Registration replaces the list when a scan holds on to it; a scan never locks
 /// readers out while it waits.
 pub(crate) struct Registry {
@@ -152,7 +147,7 @@ impl Registry {
     /// Remembers who is inside now; what was unlinked before the call may be freed when all of them have left.
     pub(crate) fn snapshot(&self) -> Laggards {
         let records = self.records.lock().clone();
-        overtake_sections();
+        barrier::heavy();
         Laggards(
             records
                 .iter()
@@ -164,7 +159,7 @@ impl Registry {
     /// Waits until every section that was inside at the call has left. Allocates nothing.
     pub(crate) fn synchronize(&self) {
         let records = self.records.lock().clone();
-        overtake_sections();
+        barrier::heavy();
         for records in records.chunks(SCAN) {
             // All words first, then the waits: the waits overlap, and no section that begins meanwhile is waited for.
             let mut words = [0; SCAN];
@@ -207,6 +202,7 @@ pub(crate) trait Home: Send + Sync {
 /// pending garbage included, so it may outlive the [`Domain`](crate::Domain).
 pub struct Reader {
     record: Arc<Record>,
+    asymmetric: bool,
     home: Arc<dyn Home>,
     _not_sync: PhantomData<Cell<()>>,
 }
@@ -215,6 +211,7 @@ impl Reader {
     pub(crate) fn register(home: Arc<dyn Home>) -> Self {
         Self {
             record: home.registry().register(),
+            asymmetric: barrier::asymmetric(),
             home,
             _not_sync: PhantomData,
         }
@@ -230,10 +227,12 @@ impl Reader {
         let word = &self.record.word;
         // Relaxed: only the owner writes the word, and `&mut self` is the owner.
         let inside = word.load(Ordering::Relaxed) | 1;
-        store_fence(word, inside);
+        word.store(inside, Ordering::Release);
+        barrier::light(self.asymmetric);
         Section {
             record: &self.record,
             inside,
+            asymmetric: self.asymmetric,
             _not_send: PhantomData,
         }
     }
@@ -267,6 +266,7 @@ impl core::fmt::Debug for Reader {
 pub struct Section<'r> {
     record: &'r Record,
     inside: u64,
+    asymmetric: bool,
     // A section belongs to the thread that entered it.
     _not_send: PhantomData<*const ()>,
 }
@@ -278,7 +278,8 @@ impl Section<'_> {
         self.inside = self.inside.wrapping_add(2);
         // To the retire side this is both: another odd word, so the section before has left (Release), and a section
         // that is inside, announced before its walk (fence).
-        store_fence(&self.record.word, self.inside);
+        self.record.word.store(self.inside, Ordering::Release);
+        barrier::light(self.asymmetric);
     }
 }
 
@@ -298,3 +299,6 @@ impl core::fmt::Debug for Section<'_> {
         f.write_str("Section { .. }")
     }
 }
+
+#[cfg(all(test, feature = "std", not(loom)))]
+mod tests;

@@ -4,11 +4,9 @@
 //! configuration and are hidden here: [`Atomic`] is the `atomic` crate's (without its lock fallback) or a wrapper over
 //! loom's `AtomicU64`, and [`Mutex`] is std's with poison ignored, spin's without std, or loom's. The mutex is for the
 //! control plane only; nothing that a fault runs takes one.
-//!
-//! `store_fence` is the store-then-fence of a reader that announces itself, in one instruction on x86-64.
 
-// UNSAFETY: the announcing store is one `xchg` in inline assembly, `as_u64` looks at an `Atomic<T>` as the integer that
-// it is, and loom's stand-in turns integers back into the `T` that they were made from.
+// UNSAFETY: `as_u64` looks at an `Atomic<T>` as the integer that it is, and loom's stand-in turns integers back into the
+// `T` that they were made from.
 #![allow(unsafe_code)]
 
 use bytemuck::Pod;
@@ -77,36 +75,6 @@ pub fn as_u64<T: Pod>(atomic: &Atomic<T>) -> &AtomicU64 {
     }
     #[cfg(loom)]
     atomic.bits()
-}
-
-/// Stores `value` (Release), then fences (SeqCst): the announcing half of a store-fence-load handshake.
-///
-/// Partner: a thread that stores somewhere else, fences (SeqCst), and loads `word`. Of the two fences one is first in
-/// the single total order. If ours is, the partner's load sees `value` or something later; if the partner's is, every
-/// load that we make from here on sees what the partner stored.
-///
-/// On x86-64 both are one `xchg`. This is not the `swap(SeqCst)` that other epoch schemes use in the hope that it
-/// fences: an assembly block may do what some piece of Rust does, and the piece that this one does is the plain version
-/// below. A locked instruction drains the store buffer as `mfence` does, and the compiler moves no memory access across
-/// the block.
-#[inline(always)]
-pub(crate) fn store_fence(word: &AtomicU64, value: u64) {
-    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-    // SAFETY: the address is that of a live, 8-byte aligned `AtomicU64`; the instruction writes it atomically and
-    // touches nothing else (`xchg` with memory locks by itself and leaves the flags alone).
-    unsafe {
-        core::arch::asm!(
-            "xchg qword ptr [{word}], {value}",
-            word = in(reg) word.as_ptr(),
-            value = inout(reg) value => _,
-            options(nostack, preserves_flags),
-        );
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
-    {
-        word.store(value, Ordering::Release);
-        fence(Ordering::SeqCst);
-    }
 }
 
 /// A mutual-exclusion lock for the control plane. Poison is ignored: what it guards here is left whole by every panic.

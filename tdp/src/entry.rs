@@ -12,7 +12,7 @@
 //! any two instructions.
 
 use crate::stats::{Stat, Tally};
-use tdp_arch::{Format, Level, Spte};
+use tdp_arch::{Format, Gfn, Level, Spte};
 use tdp_rcu::sync::{Atomic, Backoff, Ordering};
 
 /// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
@@ -47,10 +47,10 @@ impl TablePage {
         self.entries.get(index).map(EntryRef)
     }
 
-    /// The entry at `index`, which is taken modulo the number of entries.
+    /// The entry of `gfn` in a table of `level`. There always is one, except in a model checker's short tables.
     #[inline(always)]
-    pub(crate) fn entry(&self, index: usize) -> EntryRef<'_> {
-        EntryRef(&self.entries[index & (TABLE_ENTRIES - 1)])
+    pub(crate) fn entry_at(&self, gfn: Gfn, level: Level) -> Option<EntryRef<'_>> {
+        self.get(level.index(gfn))
     }
 
     /// Fills a page that no one else can reach yet.

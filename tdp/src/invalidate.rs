@@ -52,8 +52,14 @@ impl Invalidations {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Whether `gfn` is being invalidated. The caller is inside a critical section.
+    /// Whether anything is being invalidated. The caller is inside a critical section.
     #[inline(always)]
+    pub(crate) fn any(&self) -> bool {
+        !self.published.load(Ordering::Acquire).is_null()
+    }
+
+    /// Whether `gfn` is being invalidated. The caller is inside a critical section.
+    #[inline]
     pub(crate) fn covers(&self, as_id: AddressSpaceId, gfn: Gfn) -> bool {
         // Acquire: pairs with the Release of `publish`; what is pointed to is complete.
         let ranges = self.published.load(Ordering::Acquire);

@@ -21,6 +21,7 @@ pub(crate) struct Root<H: Host> {
     meta: Arc<TableMeta>,
     pub(crate) pfn: Pfn,
     pub(crate) level: Level,
+    limit: Gfn,
     pub(crate) as_id: AddressSpaceId,
     pub(crate) ad_bits: AdBits,
     pub(crate) generation: u64,
@@ -44,7 +45,7 @@ impl<H: Host> Root<H> {
     /// First frame past what it can map.
     #[inline(always)]
     pub(crate) fn limit(&self) -> Gfn {
-        self.level.gfn_limit()
+        self.limit
     }
 }
 
@@ -117,6 +118,7 @@ impl<H: Host> RootSet<H> {
             meta: meta.clone(),
             pfn,
             level: self.level,
+            limit: self.level.gfn_limit(),
             as_id,
             ad_bits: self.ad_bits,
             generation: lists.generation,

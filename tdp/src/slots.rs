@@ -36,6 +36,10 @@ pub struct SlotId(pub u32);
 #[derive(Clone, Debug)]
 pub struct Slot<B> {
     gfns: GfnRange,
+    /// Frames in `gfns`.
+    pages: u64,
+    /// Whether faults on it need no thought: no flags, not changing.
+    plain: bool,
     flags: SlotFlags,
     /// Being removed, moved or changed: faults are to be retried.
     pub(crate) changing: bool,
@@ -49,8 +53,11 @@ pub struct Slot<B> {
 impl<B> Slot<B> {
     /// A slot for `gfns` in the normal address space, with an id chosen at insertion.
     pub fn new(gfns: impl Into<GfnRange>, backing: B) -> Self {
+        let gfns = gfns.into();
         Self {
-            gfns: gfns.into(),
+            gfns,
+            pages: gfns.pages(),
+            plain: true,
             flags: SlotFlags::empty(),
             changing: false,
             max_level: Level::L3,
@@ -80,6 +87,7 @@ impl<B> Slot<B> {
     #[must_use]
     pub fn with_flags(mut self, flags: SlotFlags) -> Self {
         self.flags = flags;
+        self.plain = flags.is_empty() && !self.changing;
         self
     }
 
@@ -118,10 +126,22 @@ impl<B> Slot<B> {
         &self.backing
     }
 
-    /// Frames from the slot's start to `gfn`, which must lie in it (0 if it lies before).
+    /// Whether faults on it need no thought: no flags, not changing.
+    #[inline(always)]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// Whether `gfn` lies in the slot.
+    #[inline(always)]
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.offset(gfn) < self.pages
+    }
+
+    /// Frames from the slot's start to `gfn`, which must lie in it; for any other frame a number past its end.
     #[inline(always)]
     pub fn offset(&self, gfn: Gfn) -> u64 {
-        gfn.0.saturating_sub(self.gfns.start.0)
+        gfn.0.wrapping_sub(self.gfns.start.0)
     }
 
     /// Largest level, at most `limit`, whose block around `gfn` lies in the slot and is not forbidden.
@@ -132,7 +152,7 @@ impl<B> Slot<B> {
             return Level::L1;
         }
         while level > Level::L1 && !self.gfns.covers(level.range(gfn)) {
-            level = level.below().unwrap_or(Level::L1);
+            level = level.below_or_leaf();
         }
         level
     }
@@ -339,11 +359,13 @@ impl<B> Slot<B> {
     pub(crate) fn moved_to(mut self, start: Gfn) -> Self {
         let end = start.checked_add(self.gfns.pages()).unwrap_or(start);
         self.gfns = GfnRange { start, end };
+        self.pages = self.gfns.pages();
         self
     }
 
     pub(crate) fn changing(mut self, changing: bool) -> Self {
         self.changing = changing;
+        self.plain = self.flags.is_empty() && !changing;
         self
     }
 }

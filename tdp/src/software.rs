@@ -70,7 +70,7 @@ impl Host for SoftwareHost {
     fn lookup(&self, slot: &Slot<LinearBacking>, gfn: Gfn, _access: Access) -> Lookup {
         let backing = slot.backing();
         Lookup::Mapped(Mapping::memory(
-            Pfn(backing.pfn.0 + slot.offset(gfn)),
+            Pfn(backing.pfn.0.wrapping_add(slot.offset(gfn))),
             backing.level,
             backing.perms,
         ))

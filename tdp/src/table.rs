@@ -124,7 +124,7 @@ impl TableMeta {
 /// The caller holds a critical section or a visit that began while the table was linked, or owns the frame.
 #[allow(unsafe_code)]
 #[inline(always)]
-pub(crate) fn page<'a>(frames: &'a impl FrameSource, pfn: Pfn) -> &'a TablePage {
+pub(crate) fn page(frames: &impl FrameSource, pfn: Pfn) -> &TablePage {
     // UNSAFETY: the one place where a frame number becomes a reference.
     // SAFETY: FrameSource promises a valid page for every frame of its window for as long as the source lives, and only
     // frames that it handed out are ever put into an entry (INV: one-choke-point). What is in the page is atomic, so a

@@ -5,15 +5,16 @@
 //! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one.
 
-use crate::fault::{Fault, FaultError, MemoryFaultReason, Outcome, Resolution};
+use crate::fault::{Fault, FaultError, MemoryFaultReason, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
+use crate::resolve::{Fast, Resolution};
 use crate::root::{LoadedRoot, Root};
 use crate::slots::Slot;
 use crate::stats::Shard;
 use crate::table::{self, TableCache, TableState};
 use alloc::sync::Arc;
-use tdp_arch::{Access, Format, Gfn};
+use tdp_arch::{Access, Format, Gfn, Level};
 use tdp_rcu::{Reader, Section};
 
 /// Tables that one fault may need: one for each level below a root of level 5, and one to spare.
@@ -83,9 +84,33 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// [`FaultError::OutOfFrames`] if a table may be needed and the frame source has none left, even after everything
     /// that waited for a grace period was freed. Nothing was changed.
-    #[inline]
+    #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        self.core.top_up()?;
+        let Fault {
+            gpa,
+            access,
+            prefetch,
+            max_level,
+        } = fault;
+        match self.fault_fast(gpa.gfn(), access, max_level, prefetch) {
+            Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+            Fast::Spurious => Ok(Outcome::Spurious),
+            Fast::GaveUp => self.fault_slow(fault),
+        }
+    }
+
+    /// Takes and returns what fits registers: a fault passed through memory costs as much as its walk.
+    #[inline(never)]
+    fn fault_fast(&mut self, gfn: Gfn, access: Access, max_level: Level, prefetch: bool) -> Fast {
+        let section = self.reader.enter();
+        self.core
+            .fault_fast(&section, gfn, access, max_level, prefetch)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        self.core.top_up(true)?;
         let section = self.reader.enter();
         match self.core.resolve(&section, fault) {
             Resolution::Done(outcome) => Ok(outcome),
@@ -122,7 +147,27 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         mapping: Mapping,
         access: Access,
     ) -> Result<Outcome, FaultError> {
-        self.core.top_up()?;
+        let section = self.reader.enter();
+        let fast = self
+            .core
+            .map_fast(gfn, mapping, mapping.level, access, false);
+        drop(section);
+        match fast {
+            Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+            Fast::Spurious => Ok(Outcome::Spurious),
+            Fast::GaveUp => self.map_slow(gfn, mapping, access),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn map_slow(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        self.core.top_up(true)?;
         let section = self.reader.enter();
         Ok(self.core.map(&section, gfn, mapping, access))
     }
@@ -133,7 +178,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// As [`fault`](Vcpu::fault).
     pub fn batch(&mut self) -> Result<Batch<'_, F, H>, FaultError> {
-        self.core.top_up()?;
+        self.core.top_up(true)?;
         Ok(Batch {
             section: self.reader.enter(),
             core: &mut self.core,
@@ -208,11 +253,30 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     /// As [`Vcpu::fault`].
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        self.core.top_up_inside()?;
         self.section.repin();
+        let Fault {
+            gpa,
+            access,
+            prefetch,
+            max_level,
+        } = fault;
+        match self
+            .core
+            .fault_fast(&self.section, gpa.gfn(), access, max_level, prefetch)
+        {
+            Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+            Fast::Spurious => Ok(Outcome::Spurious),
+            Fast::GaveUp => self.fault_slow(fault),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        self.core.top_up(false)?;
         match self.core.resolve(&self.section, fault) {
             Resolution::Done(outcome) => Ok(outcome),
-            Resolution::Sleep(..) => Ok(self.core.retry(crate::RetryReason::Backing)),
+            Resolution::Sleep(..) => Ok(self.core.retry(RetryReason::Backing)),
         }
     }
 
@@ -228,14 +292,39 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         mapping: Mapping,
         access: Access,
     ) -> Result<Outcome, FaultError> {
-        self.core.top_up_inside()?;
         self.section.repin();
+        match self
+            .core
+            .map_fast(gfn, mapping, mapping.level, access, false)
+        {
+            Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+            Fast::Spurious => Ok(Outcome::Spurious),
+            Fast::GaveUp => self.map_slow(gfn, mapping, access),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn map_slow(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        self.core.top_up(false)?;
         Ok(self.core.map(&self.section, gfn, mapping, access))
     }
 }
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
     #[inline(always)]
+    fn map_checked(&mut self, gfn: Gfn, mapping: Mapping, access: Access) -> Fast {
+        if gfn >= self.root.limit() {
+            return Fast::GaveUp;
+        }
+        self.map_fast(gfn, mapping, mapping.level, access, false)
+    }
+
     fn map(
         &mut self,
         _section: &Section<'_>,
@@ -251,35 +340,14 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             return self.memory_fault(fault, MemoryFaultReason::NotPermitted);
         }
         if self.root.is_obsolete() {
-            return self.retry(crate::RetryReason::RootObsolete);
+            return self.retry(RetryReason::RootObsolete);
         }
         self.install_mapping(fault, mapping.level, mapping, mapping.perms)
     }
 
-    /// Makes sure that one fault finds enough tables.
-    #[inline(always)]
-    fn top_up(&mut self) -> Result<(), FaultError> {
-        if self.cache.len() >= TABLES_PER_FAULT {
-            Ok(())
-        } else {
-            self.top_up_slow(true)
-        }
-    }
-
-    #[inline(always)]
-    fn top_up_inside(&mut self) -> Result<(), FaultError> {
-        if self.cache.len() >= TABLES_PER_FAULT {
-            Ok(())
-        } else {
-            self.top_up_slow(false)
-        }
-    }
-
-    /// Asks the frame source; where it has none, drives reclamation forward (INV: bounded-garbage), and waits for grace
+    /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation forward (INV: bounded-garbage), and waits for grace
     /// periods if this vCPU is not inside a section that would hold them up.
-    #[cold]
-    #[inline(never)]
-    fn top_up_slow(&mut self, outside: bool) -> Result<(), FaultError> {
+    fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
         let shared = self.shared.clone();
         let mut reclaimed = !outside;
         while self.cache.len() < TABLES_PER_FAULT {
@@ -305,31 +373,27 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         Ok(())
     }
 
-    /// The slot that holds `gfn`.
+    /// The slot that was used last, if it still stands and holds `gfn`.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub(crate) fn find_slot<'s>(
-        &mut self,
-        section: &'s Section<'_>,
+    pub(crate) fn hinted_slot<'s>(
+        &self,
+        _section: &'s Section<'_>,
         gfn: Gfn,
     ) -> Option<&'s Slot<H::Backing>> {
-        let version = self.shared.slots.version();
-        if self.hint.version == version {
-            // UNSAFETY: a pointer kept from an earlier critical section.
-            // SAFETY: the map is still at the version under which the slot was found, and that was read inside this
-            // critical section; the snapshot that owns the slot is retired only after the version moved, so it lives
-            // until this section ends.
-            let slot = unsafe { &*self.hint.slot };
-            if slot.gfns().contains(gfn) {
-                return Some(slot);
-            }
+        if self.hint.version != self.shared.slots.version() {
+            return None;
         }
-        self.find_slot_slow(section, gfn)
+        // UNSAFETY: a pointer kept from an earlier critical section.
+        // SAFETY: the map is still at the version under which the slot was found, and that was read inside this critical
+        // section; the snapshot that owns the slot is retired only after the version moved, so it lives until this
+        // section ends.
+        let slot = unsafe { &*self.hint.slot };
+        slot.contains(gfn).then_some(slot)
     }
 
-    #[cold]
-    #[inline(never)]
-    fn find_slot_slow<'s>(
+    /// The slot that holds `gfn`.
+    pub(crate) fn find_slot<'s>(
         &mut self,
         section: &'s Section<'_>,
         gfn: Gfn,

@@ -161,7 +161,7 @@ const fn page(gpa: Gpa, level: Level) -> u64 {
 impl<W: Walker, const SETS: usize> SoftwareVcpu<W, SETS> {
     /// vCPU with nothing cached that walks from `root`, a table of the walker's root level.
     pub fn new(walker: W, root: Hpa) -> Self {
-        let filler = walker.from_root(root);
+        let filler = walker.at_root(root);
         let mut roots = [None; ROOTS];
         roots[0] = Some(root);
         Self {
@@ -291,7 +291,7 @@ impl<W: Walker, const SETS: usize> SoftwareVcpu<W, SETS> {
     ) -> Result<Translation, WalkError<W::Fault>> {
         self.counters.walks += 1;
         self.counters.short_walks += u64::from(known.is_some());
-        let from = known.unwrap_or_else(|| self.walker.from_root(self.root));
+        let from = known.unwrap_or_else(|| self.walker.at_root(self.root));
         let Self {
             walker,
             tables,

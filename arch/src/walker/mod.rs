@@ -288,7 +288,7 @@ pub trait Walker {
 
     /// Start of a walk from the root. Of `root` only the bits 51:12 count.
     #[inline]
-    fn from_root(&self, root: Hpa) -> Cursor {
+    fn at_root(&self, root: Hpa) -> Cursor {
         Cursor {
             table: root,
             level: self.root_level(),
@@ -346,7 +346,7 @@ pub trait Walker {
         gpa: Gpa,
         access: GuestAccess,
     ) -> Result<Translation, WalkError<Self::Fault>> {
-        self.walk_on(memory, self.from_root(root), gpa, access, |_| ())
+        self.walk_on(memory, self.at_root(root), gpa, access, |_| ())
     }
 }
 

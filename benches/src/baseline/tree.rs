@@ -68,9 +68,10 @@ impl Arena {
         }
         let base = NonNull::new(base.cast::<Page>()).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
         let arena = Self { base, pages: pages.max(1), taken: AtomicUsize::new(0), linking: Mutex::new(()) };
-        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-        // SAFETY: the range is exactly the mapping made above. Advice may be refused; then there are small pages.
-        let _ = unsafe { libc::madvise(base.as_ptr().cast(), bytes, advice) };
+        if huge {
+            // SAFETY: the range is exactly the mapping made above. Advice may be refused; then there are small pages.
+            let _ = unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
         // SAFETY: as above; the mapping is writable and nobody else knows it yet.
         unsafe { ptr::write_bytes(base.as_ptr().cast::<u8>(), 0, bytes) };
         // Entries hold addresses; `Table::next` turns them back into references.

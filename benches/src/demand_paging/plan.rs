@@ -1,0 +1,210 @@
+//! The arguments, made into guest memory and the orders in which vCPUs touch it.
+
+use super::{Args, Overlap};
+use crate::baseline::host::Backing;
+use crate::baseline::tables_for;
+use crate::race::{Course, Order};
+use crate::report::Error;
+use crate::size::show;
+use crate::sys;
+use tdp_arch::addr::MAX_PHYSICAL_BITS;
+use tdp_arch::{Gfn, GfnRange, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
+
+/// Where guest memory starts: not at zero, where mistakes look right.
+const GUEST_START: Gfn = Gfn(1 << 18);
+/// Host frame less guest frame of a page. A multiple of 1 GiB, so that every page size fits.
+const HOST_OFFSET: u64 = 1 << 27;
+/// Table frames that a vCPU may hold ready.
+const SPARE_TABLES: u64 = 64;
+
+/// What will be run.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Guest memory of all vCPUs.
+    pub(super) backing: Backing,
+    /// Level of the root table.
+    pub(super) root: Level,
+    /// The course of a single vCPU, and of all of them if there are more.
+    pub(super) courses: Vec<Circuit>,
+    /// Table frames that the library may use.
+    pub(super) frames: usize,
+}
+
+/// A course and what is mapped after it.
+#[derive(Debug)]
+pub(super) struct Circuit {
+    pub(super) course: Course,
+    /// The first frame after the course's pages, which begin where guest memory does.
+    pub(super) end: Gfn,
+}
+
+impl Plan {
+    pub(super) fn new(args: &Args) -> Result<Self, Error> {
+        let level = args.backing.level();
+        let vcpus = usize::from(args.vcpus);
+        if args.bytes % level.bytes() != 0 {
+            return Err(Error::Usage(format!(
+                "-b {}: is not a multiple of the page size, {} (-s)",
+                show(args.bytes),
+                show(level.bytes())
+            )));
+        }
+        if !args.cpus.is_empty() && args.cpus.len() < vcpus {
+            return Err(Error::Usage(format!("-c names {} processors for {vcpus} vCPUs (-v)", args.cpus.len())));
+        }
+        let root = if args.levels == 5 { Level::L5 } else { Level::L4 };
+        // Neither a guest frame number nor the host's may need more bits than there are.
+        let limit = root.gfn_limit().0.min(1 << (MAX_PHYSICAL_BITS - PAGE_SHIFT)) - HOST_OFFSET;
+        let pages = u64::from(args.vcpus) * (args.bytes / PAGE_SIZE);
+        let gfns = GfnRange::new(GUEST_START, pages).filter(|range| range.end.0 <= limit).ok_or_else(|| {
+            Error::Usage(format!(
+                "-v {vcpus} -b {}: does not fit the addresses of {} levels (--levels)",
+                show(args.bytes),
+                args.levels
+            ))
+        })?;
+        let backing = Backing { gfns, pfn: Pfn(GUEST_START.0 + HOST_OFFSET), level };
+        let mut courses = vec![Circuit::new(args, level, 1)?];
+        if vcpus > 1 {
+            courses.push(Circuit::new(args, level, vcpus)?);
+        }
+        Ok(Self { backing, root, courses, frames: frames(args, gfns, level, root)? })
+    }
+}
+
+/// Frames for the library's tables: what was asked for, or what the run needs.
+fn frames(args: &Args, gfns: GfnRange, level: Level, root: Level) -> Result<usize, Error> {
+    let frames = match args.pool {
+        Some(bytes) => bytes / PAGE_SIZE,
+        None => tables_for(gfns, level, root) + SPARE_TABLES * (u64::from(args.vcpus) + 1),
+    };
+    let bytes = frames.saturating_mul(PAGE_SIZE);
+    let available = sys::available_memory().unwrap_or(u64::MAX);
+    if bytes > available {
+        return Err(Error::run(
+            "frame pool",
+            format!("{} of tables do not fit the {} MiB of memory that are free", show(bytes), available >> 20),
+        ));
+    }
+    usize::try_from(frames).map_err(|e| Error::run("frame pool", e))
+}
+
+impl Circuit {
+    fn new(args: &Args, page: Level, vcpus: usize) -> Result<Self, Error> {
+        let (per, vcpus) = (args.bytes / page.bytes(), vcpus as u64);
+        let total = per * vcpus;
+        let orders = (0..vcpus)
+            .map(|vcpu| {
+                let (first, step, count) = match args.overlap {
+                    None => (vcpu * per, 1, per),
+                    Some(Overlap::Pages) => (0, 1, total),
+                    Some(Overlap::Regions) => (vcpu, vcpus, per),
+                };
+                if args.random {
+                    shuffled(first, step, count, args.seed.wrapping_add(vcpu))
+                } else {
+                    Ok(Order::Stride { first, step, count })
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        let course = Course { base: GUEST_START, page, orders, cpus: args.cpus.clone() };
+        Ok(Self { course, end: Gfn(GUEST_START.0 + total * page.pages()) })
+    }
+}
+
+/// The pages of a stride in an order that follows from `seed`.
+fn shuffled(first: u64, step: u64, count: u64, seed: u64) -> Result<Order, Error> {
+    let too_many = |e: Box<dyn std::error::Error + Send + Sync>| Error::run(format!("-a with {count} pages a vCPU"), e);
+    let length = usize::try_from(count).map_err(|e| too_many(e.into()))?;
+    let mut list = Vec::new();
+    list.try_reserve_exact(length).map_err(|e| too_many(e.into()))?;
+    for i in 0..count {
+        list.push(u32::try_from(first + i * step).map_err(|e| too_many(e.into()))?);
+    }
+    let mut state = seed;
+    for i in (1..list.len()).rev() {
+        // The high half of the product is below i + 1, and even enough for an order of pages.
+        let j = (u128::from(split_mix(&mut state)) * (i as u128 + 1)) >> 64;
+        list.swap(i, j as usize);
+    }
+    Ok(Order::List(list))
+}
+
+/// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+fn split_mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn plan(line: &str) -> Result<Plan, Error> {
+        Plan::new(&Line::try_parse_from(std::iter::once("x").chain(line.split_whitespace())).unwrap().args)
+    }
+
+    /// How often each page is touched on the last course.
+    fn touches(plan: &Plan) -> Vec<u32> {
+        let circuit = plan.courses.last().unwrap();
+        let mut counts = vec![0; ((circuit.end.0 - GUEST_START.0) / plan.backing.level.pages()) as usize];
+        for order in &circuit.course.orders {
+            match order {
+                Order::Stride { first, step, count } => {
+                    (0..*count).for_each(|i| counts[(first + i * step) as usize] += 1);
+                }
+                Order::List(list) => list.iter().for_each(|&i| counts[i as usize] += 1),
+            }
+        }
+        counts
+    }
+
+    #[test]
+    fn disjoint_orders_touch_every_page_once_and_overlap_as_often_as_it_says() {
+        for random in ["", "-a"] {
+            for (overlap, times) in [("", 1), ("-o=regions", 1), ("-o", 3), ("-o=pages", 3)] {
+                for size in ["-s 4k -b 1M", "-s 2m -b 64M"] {
+                    let plan = plan(&format!("-v 3 {size} {overlap} {random}")).unwrap();
+                    assert!(touches(&plan).iter().all(|&n| n == times), "{overlap} {random} {size}");
+                    assert_eq!(plan.courses.last().unwrap().end, plan.backing.gfns.end);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_order_follows_from_its_seed() {
+        let order = |seed| match shuffled(0, 1, 1000, seed).unwrap() {
+            Order::List(list) => list,
+            Order::Stride { .. } => unreachable!(),
+        };
+        assert_eq!(order(1), order(1));
+        assert_ne!(order(1), order(2));
+        assert_ne!(order(1), (0..1000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn refuses_what_does_not_go_together() {
+        for (line, names) in [
+            ("-b 1M -s 2m", "-b 1M"),
+            ("-v 2 -c 0", "-c"),
+            ("-b 4096T", "-b 4096T"),
+            ("-v 2 -b 128T", "--levels"),
+            ("-b 4M --pool 4096T", "frame pool"),
+        ] {
+            let error = plan(line).unwrap_err().to_string();
+            assert!(error.contains(names), "{line}: {error}");
+        }
+        assert!(plan("-v 2 -b 512T -s 1g --levels 5").is_ok());
+    }
+}

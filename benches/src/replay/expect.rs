@@ -1,0 +1,449 @@
+//! The tables as they must have stood, worked out from the recorded changes alone.
+//!
+//! Protocol. Every recorded change is applied in the order of the trace. An entry's recorded old value must be the
+//! last one written to it, up to the accessed and dirty bits, and a new entry must stand below a recorded table: a
+//! trace with an event missing contradicts itself here, and [`Contradiction`] says where. What KVM does not record is
+//! derived: the children of a split, and what becomes unreachable with a table or a root that is taken down. Such
+//! entries are *detached*: they no longer count as mapped, and are only kept to recognise the events of their removal.
+
+use super::spte::{self, ACCESSED_DIRTY, Kind, Leaf, kind, pages};
+use super::trace::Change;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+/// Bit of a [`Space`] that stands for the root of a nested guest without nested paging of its own.
+const NESTED: u8 = 0x80;
+
+/// Which tree of tables: an address space, or what KVM keeps for nested guests in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Space(u8);
+
+impl Space {
+    /// The tree of an address space.
+    pub fn normal(as_id: u8) -> Self {
+        Self(as_id & !NESTED)
+    }
+
+    /// The tree that nested guests without nested paging use.
+    pub fn nested(as_id: u8) -> Self {
+        Self(as_id | NESTED)
+    }
+
+    /// Whether it is the tree of nested guests.
+    pub fn is_nested(self) -> bool {
+        self.0 & NESTED != 0
+    }
+
+    /// Address space.
+    pub fn as_id(self) -> u8 {
+        self.0 & !NESTED
+    }
+}
+
+/// The trace contradicts itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contradiction {
+    /// Address space.
+    pub as_id: u8,
+    /// Level of the entry.
+    pub level: u8,
+    /// First guest frame of the entry.
+    pub gfn: u64,
+    /// What is wrong.
+    pub what: Wrong,
+}
+
+/// See [`Contradiction`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wrong {
+    /// The entry is recorded to have been something else before.
+    OldValue {
+        /// What the trace had written last; `None` if nothing.
+        was: Option<u64>,
+        /// What the event says.
+        old: u64,
+    },
+    /// A new entry stands below no recorded table.
+    NoTable,
+    /// An entry below a table that went away was never removed.
+    LeftBehind(u64),
+    /// A leaf that KVM reports to have made is not there.
+    NotMade(u64),
+    /// The processor reports this code, but the recorded tables make it meet something else.
+    NotMet {
+        /// Error code.
+        reported: u64,
+    },
+}
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OldValue { was: Some(was), old } => write!(f, "recorded old value {old:#x}, but {was:#x} was written last"),
+            Self::OldValue { was: None, old } => write!(f, "recorded old value {old:#x}, but nothing was there"),
+            Self::NoTable => f.write_str("recorded entry below no recorded table"),
+            Self::LeftBehind(spte) => write!(f, "{spte:#x} was left behind by the removal of its table"),
+            Self::NotMet { reported } => {
+                write!(f, "the processor reported {reported:#x}, which the recorded tables do not explain")
+            }
+            Self::NotMade(spte) => write!(f, "{spte:#x} is reported as made, without an event that made it"),
+        }
+    }
+}
+
+/// Where a change took place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a tree that vCPUs use.
+    Live(Space),
+    /// Below a table or root that is being taken down.
+    Detached,
+    /// Nowhere: nothing became nothing.
+    Nowhere,
+}
+
+/// What an applied change was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// Where.
+    pub place: Place,
+    /// From what.
+    pub from: Kind,
+    /// To what.
+    pub to: Kind,
+}
+
+/// Space, first frame, level.
+type Key = (Space, u64, u8);
+
+/// Entries that are on their way out.
+#[derive(Debug)]
+struct Detached {
+    owner: u32,
+    as_id: u8,
+    /// By level and first frame.
+    entries: HashMap<(u8, u64), u64>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Expected {
+    live: BTreeMap<Key, u64>,
+    detached: Vec<Detached>,
+    /// Level of the root tables; 0 while none is known.
+    root_level: u8,
+    /// Whether huge pages may not be executed.
+    pub nx_huge_pages: bool,
+}
+
+/// Whether `now` can be what the event calls `old`.
+fn is_same(now: u64, old: u64) -> bool {
+    (now ^ old) & !ACCESSED_DIRTY == 0
+}
+
+fn is_gone(kind: Kind) -> bool {
+    matches!(kind, Kind::None | Kind::Frozen)
+}
+
+impl Expected {
+    /// Nothing mapped.
+    pub fn new(nx_huge_pages: bool) -> Self {
+        Self { nx_huge_pages, ..Self::default() }
+    }
+
+    /// Roots have this level from now on.
+    pub fn set_root_level(&mut self, level: u8) {
+        self.root_level = level;
+    }
+
+    /// Applies one change that `thread` made: in the tree of nested guests, if `nested` and it makes an entry.
+    ///
+    /// # Errors
+    ///
+    /// [`Contradiction`] if the event cannot follow what came before. The entry then is what the event says.
+    pub fn apply(&mut self, thread: u32, nested: bool, change: &Change) -> Result<Applied, Contradiction> {
+        let (from, to) = (kind(change.old, change.level), kind(change.new, change.level));
+        let applied = |place| Ok(Applied { place, from, to });
+        // Above everything there may be a table of the shape of a leaf only in a corrupt trace.
+        if change.level > 3 && to == Kind::Leaf {
+            return Err(contradiction(change, Wrong::NoTable));
+        }
+        if is_gone(to) && self.remove_detached(thread, change) {
+            return applied(Place::Detached);
+        }
+        if is_gone(from) && is_gone(to) {
+            return applied(Place::Nowhere);
+        }
+        let own = if nested { Space::nested(change.as_id) } else { Space::normal(change.as_id) };
+        let spaces = if is_gone(from) { [own, own] } else { [Space::normal(change.as_id), Space::nested(change.as_id)] };
+        let key = |space| (space, change.gfn, change.level);
+        let found = spaces.into_iter().find(|&space| match self.live.get(&key(space)) {
+            Some(&now) => is_same(now, change.old),
+            None => is_gone(from),
+        });
+        let Some(space) = found else {
+            let was = self.live.get(&key(own)).copied();
+            self.write(thread, own, change);
+            return Err(contradiction(change, Wrong::OldValue { was, old: change.old }));
+        };
+        let below_table = is_gone(to) || self.has_parent(space, change);
+        self.write(thread, space, change);
+        if below_table { applied(Place::Live(space)) } else { Err(contradiction(change, Wrong::NoTable)) }
+    }
+
+    /// Removes the entry from what is detached. A thread looks at what it took down itself first.
+    fn remove_detached(&mut self, thread: u32, change: &Change) -> bool {
+        let holds = |d: &Detached| {
+            d.as_id == change.as_id
+                && d.entries.get(&(change.level, change.gfn)).is_some_and(|&now| is_same(now, change.old))
+        };
+        let own = self.detached.iter().position(|d| d.owner == thread && holds(d));
+        let Some(index) = own.or_else(|| self.detached.iter().position(holds)) else { return false };
+        if let Some(detached) = self.detached.get_mut(index) {
+            detached.entries.remove(&(change.level, change.gfn));
+        }
+        true
+    }
+
+    fn has_parent(&self, space: Space, change: &Change) -> bool {
+        if change.level >= self.root_level {
+            return change.level == self.root_level;
+        }
+        let parent = change.level + 1;
+        let key = (space, spte::align(change.gfn, parent), parent);
+        self.live.get(&key).is_some_and(|&now| kind(now, parent) == Kind::Table)
+    }
+
+    /// Writes the new value, with what follows from it for the entries below.
+    fn write(&mut self, thread: u32, space: Space, change: &Change) {
+        let (from, to) = (kind(change.old, change.level), kind(change.new, change.level));
+        let key = (space, change.gfn, change.level);
+        if is_gone(to) {
+            self.live.remove(&key);
+        } else {
+            self.live.insert(key, change.new);
+        }
+        if from == Kind::Table && to != Kind::Table {
+            self.detach(thread, space, change.gfn, change.level);
+        }
+        if from == Kind::Leaf && to == Kind::Table {
+            let huge = Leaf { gfn: change.gfn, level: change.level, spte: change.old };
+            for index in 0..512 {
+                let child = huge.child(index, self.nx_huge_pages);
+                self.live.insert((space, child.gfn, child.level), child.spte);
+            }
+        }
+    }
+
+    /// Detaches everything below the table at `gfn` and `level`.
+    fn detach(&mut self, owner: u32, space: Space, gfn: u64, level: u8) {
+        let below: Vec<Key> = self
+            .live
+            .range((space, gfn, 0)..(space, gfn.saturating_add(pages(level)), 0))
+            .map(|(&key, _)| key)
+            .filter(|key| key.2 < level)
+            .collect();
+        let mut entries = HashMap::with_capacity(below.len());
+        for key in below {
+            if let Some(now) = self.live.remove(&key) {
+                entries.insert((key.2, key.1), now);
+            }
+        }
+        if !entries.is_empty() {
+            self.detached.push(Detached { owner, as_id: space.as_id(), entries });
+        }
+    }
+
+    /// All roots become obsolete at once; `owner` takes them down.
+    pub fn detach_all(&mut self, owner: u32) {
+        let mut trees: BTreeMap<Space, HashMap<(u8, u64), u64>> = BTreeMap::new();
+        for ((space, gfn, level), now) in std::mem::take(&mut self.live) {
+            trees.entry(space).or_default().insert((level, gfn), now);
+        }
+        for (space, entries) in trees {
+            self.detached.push(Detached { owner, as_id: space.as_id(), entries });
+        }
+    }
+
+    /// `thread` is done with what it took down: whatever is left of it should not be.
+    pub fn finish_detached(&mut self, thread: u32) -> Vec<Contradiction> {
+        let mut left = Vec::new();
+        self.detached.retain(|detached| {
+            if detached.owner != thread {
+                return !detached.entries.is_empty();
+            }
+            for (&(level, gfn), &now) in &detached.entries {
+                if matches!(kind(now, level), Kind::Leaf | Kind::Table) {
+                    left.push(Contradiction { as_id: detached.as_id, level, gfn, what: Wrong::LeftBehind(now) });
+                }
+            }
+            false
+        });
+        left.sort_by_key(|c| (c.as_id, c.gfn, c.level));
+        left
+    }
+
+    /// Repairs the entry of `level` over `gfn` as the lock-free path did.
+    ///
+    /// # Errors
+    ///
+    /// [`Contradiction`] if the entry was not what the event says.
+    pub fn repair(&mut self, space: Space, change: &Change) -> Result<(), Contradiction> {
+        match self.live.get_mut(&(space, change.gfn, change.level)) {
+            Some(now) if is_same(*now, change.old) && kind(change.new, change.level) == Kind::Leaf => {
+                *now = change.new;
+                Ok(())
+            }
+            now => Err(contradiction(change, Wrong::OldValue { was: now.copied(), old: change.old })),
+        }
+    }
+
+    /// The leaf that maps `gfn`.
+    pub fn leaf_at(&self, space: Space, gfn: u64) -> Option<Leaf> {
+        (1..=3).find_map(|level| {
+            let first = spte::align(gfn, level);
+            let &spte = self.live.get(&(space, first, level))?;
+            (kind(spte, level) == Kind::Leaf).then_some(Leaf { gfn: first, level, spte })
+        })
+    }
+
+    /// Whether `gfn` is known to be device memory.
+    pub fn is_mmio(&self, space: Space, gfn: u64) -> bool {
+        self.live.get(&(space, gfn, 1)).is_some_and(|&now| kind(now, 1) == Kind::Mmio)
+    }
+
+    /// The leaves that map any frame of `[start, end)`, in order.
+    pub fn leaves(&self, space: Space, start: u64, end: u64) -> impl Iterator<Item = Leaf> {
+        let over_start = if start < end { self.leaf_at(space, start).filter(|leaf| leaf.gfn < start) } else { None };
+        let inside = self
+            .live
+            .range((space, start, 0)..(space, end.max(start), 0))
+            .filter(|&(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
+            .map(|(&(_, gfn, level), &spte)| Leaf { gfn, level, spte });
+        over_start.into_iter().chain(inside)
+    }
+
+    /// All leaves of a tree, in order.
+    pub fn all_leaves(&self, space: Space) -> impl Iterator<Item = Leaf> {
+        self.leaves(space, 0, u64::MAX)
+    }
+
+    /// Whether any tree maps anything.
+    pub fn is_empty(&self) -> bool {
+        !self.live.iter().any(|(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
+    }
+}
+
+fn contradiction(change: &Change, what: Wrong) -> Contradiction {
+    Contradiction { as_id: change.as_id, level: change.level, gfn: change.gfn, what }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: u64 = 1 << 63;
+    const FROZEN: u64 = NONE | 0x5a0;
+    const TABLE: u64 = 0x1_8905_1827;
+    const SPACE: Space = Space(0);
+
+    fn change(level: u8, gfn: u64, old: u64, new: u64) -> Change {
+        Change { as_id: 0, level, gfn, old, new }
+    }
+
+    /// Tables down to level 1 over gfn 0, and a leaf.
+    fn with_leaf() -> Expected {
+        let mut expected = Expected::default();
+        expected.set_root_level(4);
+        for level in [4, 3, 2] {
+            expected.apply(0, false, &change(level, 0, NONE, TABLE)).unwrap();
+        }
+        expected.apply(0, false, &change(1, 5, NONE, 0x7e67)).unwrap();
+        expected
+    }
+
+    fn mapped(expected: &Expected) -> Vec<(u64, u8)> {
+        expected.all_leaves(SPACE).map(|leaf| (leaf.gfn, leaf.level)).collect()
+    }
+
+    #[test]
+    fn a_leaf_is_found_by_any_frame_that_it_maps() {
+        let mut expected = with_leaf();
+        expected.apply(0, false, &change(2, 0x200, NONE, 0x1_8980_0ee7)).unwrap();
+        assert_eq!(mapped(&expected), [(5, 1), (0x200, 2)]);
+        assert_eq!(expected.leaf_at(SPACE, 0x3ff).map(|l| l.pfn()), Some(0x18_9800));
+        assert_eq!(expected.leaf_at(SPACE, 0x400), None);
+        assert_eq!(expected.leaves(SPACE, 0x300, 0x301).count(), 1);
+        assert_eq!(expected.leaves(SPACE, 6, 0x200).count(), 0);
+        assert!(expected.leaf_at(Space::nested(0), 5).is_none());
+    }
+
+    #[test]
+    fn a_missing_event_is_a_contradiction() {
+        let mut expected = with_leaf();
+        // The removal of gfn 5 is missing.
+        let error = expected.apply(0, false, &change(1, 5, NONE, 0x8e67)).unwrap_err();
+        assert_eq!(error.what, Wrong::OldValue { was: Some(0x7e67), old: NONE });
+        // The making of gfn 6 is missing.
+        let error = expected.apply(0, false, &change(1, 6, 0x9e67, NONE)).unwrap_err();
+        assert_eq!(error.what, Wrong::OldValue { was: None, old: 0x9e67 });
+        // A table is missing.
+        let error = expected.apply(0, false, &change(1, 0x200, NONE, 0x9e67)).unwrap_err();
+        assert_eq!(error.what, Wrong::NoTable);
+    }
+
+    #[test]
+    fn accessed_and_dirty_bits_are_the_processors() {
+        let mut expected = with_leaf();
+        expected.apply(0, false, &change(1, 5, 0x7e07, NONE)).unwrap();
+        assert!(expected.is_empty());
+    }
+
+    #[test]
+    fn a_split_derives_its_children() {
+        let mut expected = with_leaf();
+        expected.apply(0, false, &change(2, 0x200, NONE, 0x1_8980_0ee5)).unwrap();
+        expected.apply(0, false, &change(2, 0x200, 0x1_8980_0ee5, TABLE)).unwrap();
+        assert_eq!(mapped(&expected).len(), 513);
+        expected.apply(0, false, &change(1, 0x201, 0x1_8980_1e65, 0x1_8980_1e67)).unwrap();
+        assert!(expected.leaf_at(SPACE, 0x201).is_some_and(|l| l.is_writable()));
+    }
+
+    #[test]
+    fn what_is_below_a_removed_table_is_not_mapped() {
+        let mut expected = with_leaf();
+        expected.apply(0, false, &change(2, 0, TABLE, 0x1_8980_0ee7)).unwrap();
+        assert_eq!(mapped(&expected), [(0, 2)]);
+        assert_eq!(
+            expected.apply(0, false, &change(1, 5, 0x7e67, FROZEN)).unwrap().place,
+            Place::Detached
+        );
+        assert!(expected.finish_detached(0).is_empty());
+        // Absent entries are sealed too; it means nothing.
+        assert_eq!(expected.apply(0, false, &change(1, 6, NONE, FROZEN)).unwrap().place, Place::Nowhere);
+    }
+
+    #[test]
+    fn an_entry_left_behind_is_a_contradiction() {
+        let mut expected = with_leaf();
+        expected.apply(7, false, &change(2, 0, TABLE, NONE)).unwrap();
+        assert!(expected.finish_detached(0).is_empty());
+        let left = expected.finish_detached(7);
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].what, Wrong::LeftBehind(0x7e67));
+    }
+
+    #[test]
+    fn old_roots_and_new_ones_do_not_mix() {
+        let mut expected = with_leaf();
+        expected.detach_all(0);
+        assert!(expected.is_empty());
+        for level in [4, 3, 2] {
+            expected.apply(1, false, &change(level, 0, NONE, TABLE)).unwrap();
+        }
+        // The same leaf comes back in the new tree before the old one is zapped.
+        expected.apply(1, false, &change(1, 5, NONE, 0x7e67)).unwrap();
+        assert_eq!(expected.apply(0, false, &change(1, 5, 0x7e67, NONE)).unwrap().place, Place::Detached);
+        assert_eq!(mapped(&expected), [(5, 1)]);
+    }
+}

@@ -1,0 +1,299 @@
+//! Installing a mapping: the walk from the root, and what it does at each kind of entry.
+//!
+//! Protocol. Acquire loads from the root to the goal level; at a hole a table from the vCPU's cache is exchanged in
+//! (INV: publish-complete), at the goal the leaf. Whoever loses an exchange goes on with the value that won, for a bounded
+//! number of times. What is met on the way:
+//!
+//! * *frozen*: wait locally, bounded, then `Retry` (INV: progress);
+//! * *sealed*: the table was unlinked; walk again from the root;
+//! * a leaf that permits the access: spurious; one that does not: widened in place, never narrowed;
+//! * a larger leaf that does not permit the access: split into a table that translates alike, which needs no flush;
+//! * a table where a larger leaf is to go: exchanged for the leaf, then sealed, flushed and retired by the winner.
+
+use crate::entry::{self, EntryRef, TABLE_ENTRIES};
+use crate::fault::{Fault, Outcome, RetryReason};
+use crate::host::Host;
+use crate::range_zap::seal_subtree;
+use crate::stats::{Stat, Tally};
+use crate::table::{self, Place, TableState};
+use crate::tlb::PendingFlush;
+use crate::vcpu::VcpuCore;
+use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Pfn, Spte};
+use tdp_rcu::sync::Backoff;
+
+/// Times that one fault starts over before the guest is asked to try again.
+const RESTARTS: u32 = 16;
+
+/// What is to be installed.
+#[derive(Clone, Copy)]
+pub(crate) struct Request {
+    pub(crate) gfn: Gfn,
+    pub(crate) goal: Level,
+    /// First host frame of the leaf.
+    pub(crate) pfn: Pfn,
+    pub(crate) attrs: LeafAttrs,
+    pub(crate) access: Access,
+    pub(crate) prefetch: bool,
+}
+
+enum Next {
+    /// To the table below.
+    Descend(Pfn),
+    /// Look at the same entry again.
+    Again,
+    /// Walk again from the root.
+    Restart,
+    Done(Outcome),
+}
+
+impl<F: Format, H: Host> VcpuCore<F, H> {
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn install(&mut self, request: Request) -> Outcome {
+        let outcome = self.walk(request.gfn, |core, entry, level, old| {
+            core.install_step(request, entry, level, old)
+        });
+        match outcome {
+            Outcome::Fixed { .. } => self.shard.add(Stat::Fixed, 1),
+            Outcome::Spurious => self.shard.add(Stat::Spurious, 1),
+            _ => {}
+        }
+        outcome
+    }
+
+    /// Walks from the root and lets `step` decide at each entry, for a bounded number of steps.
+    fn walk(
+        &mut self,
+        gfn: Gfn,
+        mut step: impl FnMut(&mut Self, EntryRef<'_>, Level, Spte) -> Next,
+    ) -> Outcome {
+        let shared = self.shared.clone();
+        let root = self.root.clone();
+        let mut page = root.page();
+        let mut level = root.level;
+        let mut restarts = 0;
+        while restarts < RESTARTS {
+            let Some(entry) = page.get(level.index(gfn)) else {
+                break;
+            };
+            let old = entry.load();
+            let next = if old == F::SEALED {
+                if root.is_obsolete() {
+                    return self.retry(RetryReason::RootObsolete);
+                }
+                Next::Restart
+            } else if old == F::FROZEN {
+                if !wait_while_frozen::<F>(entry) {
+                    return self.retry(RetryReason::Frozen);
+                }
+                Next::Again
+            } else {
+                step(self, entry, level, old)
+            };
+            match next {
+                Next::Done(outcome) => return outcome,
+                Next::Again => restarts += 1,
+                Next::Restart => {
+                    restarts += 1;
+                    page = root.page();
+                    level = root.level;
+                }
+                Next::Descend(pfn) => {
+                    page = table::page(shared.host.frames(), pfn);
+                    level = level.below_or_leaf();
+                }
+            }
+        }
+        self.retry(RetryReason::Raced)
+    }
+
+    fn install_step(
+        &mut self,
+        request: Request,
+        entry: EntryRef<'_>,
+        level: Level,
+        old: Spte,
+    ) -> Next {
+        let is_leaf = F::is_leaf(old, level);
+        if is_leaf && (request.prefetch || F::allows(old, request.access)) {
+            return Next::Done(Outcome::Spurious);
+        }
+        let is_table = !is_leaf && F::is_mmu_present(old);
+        if level > request.goal {
+            return match (is_leaf, is_table) {
+                (true, _) => self.split(entry, level, old, request.gfn),
+                (_, true) => Next::Descend(F::pfn(old)),
+                _ => self.link(entry, level, old, request.gfn),
+            };
+        }
+        if is_leaf {
+            self.upgrade(request, entry, level, old)
+        } else if is_table {
+            self.collapse(request, entry, level, old)
+        } else {
+            let leaf = F::leaf(request.pfn, level, request.attrs);
+            match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
+                Ok(()) => Next::Done(Outcome::Fixed { level }),
+                Err(_) => Next::Again,
+            }
+        }
+    }
+
+    /// Links an empty table.
+    fn link(&mut self, entry: EntryRef<'_>, level: Level, old: Spte, gfn: Gfn) -> Next {
+        let (Some(below), Some(pfn)) = (level.below(), self.cache.pop()) else {
+            return Next::Done(self.retry(RetryReason::Raced));
+        };
+        self.shared.meta.link(
+            pfn,
+            Place {
+                as_id: self.as_id,
+                level: below,
+                gfn: level.align_down(gfn),
+            },
+        );
+        match entry::exchange::<F>(entry, level, old, F::table(pfn), &*self.shard) {
+            Ok(()) => Next::Descend(pfn),
+            Err(_) => {
+                self.shared.meta.set_state(pfn, TableState::Spare);
+                self.cache.push(pfn);
+                Next::Again
+            }
+        }
+    }
+
+    /// Replaces a large leaf by a table of leaves that translate alike.
+    fn split(&mut self, entry: EntryRef<'_>, level: Level, old: Spte, gfn: Gfn) -> Next {
+        let (Some(below), Some(pfn)) = (level.below(), self.cache.pop()) else {
+            return Next::Done(self.retry(RetryReason::Raced));
+        };
+        let page = table::page(self.shared.host.frames(), pfn);
+        page.fill(|index| F::split_child(old, level, index));
+        self.shared.meta.link(
+            pfn,
+            Place {
+                as_id: self.as_id,
+                level: below,
+                gfn: level.align_down(gfn),
+            },
+        );
+        // The whole old value is compared: a bit that the processor set after the children were made fails this.
+        match entry::exchange::<F>(entry, level, old, F::table(pfn), &*self.shard) {
+            Ok(()) => {
+                self.shard.add(Stat::pages(below), TABLE_ENTRIES as i64);
+                self.shard.add(Stat::Splits, 1);
+                Next::Descend(pfn)
+            }
+            Err(_) => {
+                page.fill(|_| F::EMPTY);
+                self.shared.meta.set_state(pfn, TableState::Spare);
+                self.cache.push(pfn);
+                Next::Again
+            }
+        }
+    }
+
+    /// Widens the permissions of a leaf, or takes it away if it maps another page.
+    fn upgrade(&mut self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
+        if F::leaf_pfn(old, level) != request.pfn {
+            // The backing changed without an invalidation: break before make.
+            if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
+                let shared = self.shared.clone();
+                let mut pending = PendingFlush::new(&shared);
+                pending.note(self.as_id, level.range(request.gfn), false);
+                pending.flush();
+            }
+            return Next::Again;
+        }
+        // A fault never narrows: what the old leaf permitted stays, and so do its accessed and dirty bits.
+        let shown = if F::is_access_tracked(old) {
+            F::restore_access_tracked(old)
+        } else {
+            old
+        };
+        let mut attrs = request.attrs;
+        attrs.perms = attrs.perms.union(F::perms(shown));
+        attrs.host_writable |= old.0 & F::HOST_WRITABLE != 0;
+        attrs.mmu_writable |= old.0 & F::MMU_WRITABLE != 0;
+        let leaf = Spte(F::leaf(request.pfn, level, attrs).0 | old.0 & (F::ACCESSED | F::DIRTY));
+        match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
+            Ok(()) => {
+                self.shard.add(Stat::Upgrades, 1);
+                Next::Done(Outcome::Fixed { level })
+            }
+            Err(_) => Next::Again,
+        }
+    }
+
+    /// Replaces a table by one large leaf.
+    fn collapse(&mut self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
+        let leaf = F::leaf(request.pfn, level, request.attrs);
+        if entry::exchange::<F>(entry, level, old, leaf, &*self.shard).is_err() {
+            return Next::Again;
+        }
+        let Some(below) = level.below() else {
+            return Next::Again;
+        };
+        let shared = self.shared.clone();
+        let mut pending = PendingFlush::new(&shared);
+        seal_subtree::<F, H>(&shared, F::pfn(old), below, &*self.shard, &mut pending);
+        pending.note(self.as_id, level.range(request.gfn), true);
+        pending.flush();
+        self.shard.add(Stat::Collapses, 1);
+        Next::Done(Outcome::Fixed { level })
+    }
+
+    /// Remembers that there is no memory at the fault's frame, so that the next access exits at once.
+    #[cold]
+    pub(crate) fn mmio(&mut self, fault: Fault) -> Outcome {
+        let gfn = fault.gpa.gfn();
+        let mmio = Outcome::Mmio {
+            gpa: fault.gpa,
+            read_only: false,
+        };
+        let generation = self.shared.slots.version();
+        let Some(spte) = self
+            .shared
+            .mmio_caching
+            .then(|| F::mmio(gfn, generation, self.shared.physical_bits))
+            .flatten()
+        else {
+            self.shard.add(Stat::Mmio, 1);
+            return mmio;
+        };
+        let outcome = self.walk(gfn, |core, entry, level, old| {
+            if old == spte {
+                return Next::Done(mmio);
+            }
+            if F::is_leaf(old, level) {
+                return Next::Done(core.retry(RetryReason::SlotChanging));
+            }
+            if F::is_mmu_present(old) {
+                return Next::Descend(F::pfn(old));
+            }
+            if level > Level::L1 {
+                return core.link(entry, level, old, gfn);
+            }
+            match entry::exchange::<F>(entry, level, old, spte, &*core.shard) {
+                Ok(()) => Next::Done(mmio),
+                Err(_) => Next::Again,
+            }
+        });
+        if outcome == mmio {
+            self.shard.add(Stat::Mmio, 1);
+        }
+        outcome
+    }
+}
+
+/// Waits, bounded, for the owner of a frozen entry. `false` if it is still frozen.
+fn wait_while_frozen<F: Format>(entry: EntryRef<'_>) -> bool {
+    let backoff = Backoff::new();
+    while entry.load() == F::FROZEN {
+        if backoff.is_completed() {
+            return false;
+        }
+        backoff.snooze();
+    }
+    true
+}

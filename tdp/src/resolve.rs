@@ -1,0 +1,308 @@
+//! Resolving a fault: check, look up, choose a level, install.
+//!
+//! Protocol. Inside one critical section: is the frame under invalidation? which slot? how is it backed, at what level?
+//! Then the mapping is installed. There are two ways through:
+//!
+//! * the **fast path** is one straight line that gives up, having changed nothing, at the first thing out of the
+//!   ordinary: another slot than last time, a missing table, an entry that is neither empty nor a leaf that permits the
+//!   access;
+//! * the **slow path** does all of it from the start, and everything else: waiting, splitting, look-ups that sleep,
+//!   answers other than *fixed*.
+//!
+//! Both run inside the same critical section, so a fault that took the fast path half way is no special case.
+
+use crate::entry::{self, EntryRef};
+use crate::fault::{Fault, MemoryFault, MemoryFaultReason, Outcome, RetryReason};
+use crate::host::{Host, Lookup, Mapping};
+use crate::install::Request;
+use crate::slots::{Slot, SlotFlags};
+use crate::stats::{Stat, Tally};
+use crate::table;
+use crate::vcpu::VcpuCore;
+use alloc::sync::Arc;
+use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Perms, Pfn};
+use tdp_rcu::Section;
+
+/// What the fast path came to.
+pub(crate) enum Fast {
+    /// A leaf of this level was installed.
+    Fixed(Level),
+    /// A leaf permits the access.
+    Spurious,
+    /// Nothing was changed; take the slow path.
+    GaveUp,
+}
+
+/// What the first critical section of a fault came to.
+pub(crate) enum Resolution<B> {
+    Done(Outcome),
+    /// The look-up has to sleep, outside. Holds the slot and the invalidation sequence before it.
+    Sleep(Arc<Slot<B>>, u64),
+}
+
+impl<F: Format, H: Host> VcpuCore<F, H> {
+    /// The fast path of a fault.
+    #[inline(always)]
+    pub(crate) fn fault_fast(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        access: Access,
+        max_level: Level,
+        prefetch: bool,
+    ) -> Fast {
+        if self.shared.invalidations.any() {
+            return Fast::GaveUp;
+        }
+        let Some(slot) = self.hinted_slot(section, gfn) else {
+            return Fast::GaveUp;
+        };
+        if !slot.is_plain() {
+            return Fast::GaveUp;
+        }
+        let Lookup::Mapped(mapping) = self.shared.host.lookup(slot, gfn, access) else {
+            return Fast::GaveUp;
+        };
+        let mut goal = max_level.min(mapping.level);
+        if goal > Level::L1 {
+            goal = slot.level_at(gfn, goal);
+        }
+        self.map_fast(gfn, mapping, goal, access, prefetch)
+    }
+
+    /// The fast path below a fault: level, walk, install. The caller has made sure that the root can map `gfn`; a slot
+    /// does, because none reaches further.
+    #[inline(always)]
+    pub(crate) fn map_fast(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        goal: Level,
+        access: Access,
+        prefetch: bool,
+    ) -> Fast {
+        if self.root.is_obsolete() | !mapping.perms.contains(access.needs()) {
+            return Fast::GaveUp;
+        }
+        // The common case is compiled on its own, with every shift a constant.
+        if goal == Level::L1 {
+            self.map_at(gfn, mapping, Level::L1, access, prefetch)
+        } else {
+            let goal = self.aligned(gfn, mapping.pfn, goal);
+            self.map_at(gfn, mapping, goal, access, prefetch)
+        }
+    }
+
+    #[inline(always)]
+    fn map_at(
+        &self,
+        gfn: Gfn,
+        mapping: Mapping,
+        goal: Level,
+        access: Access,
+        prefetch: bool,
+    ) -> Fast {
+        let frames = self.shared.host.frames();
+        let root = &*self.root;
+        let mut page = table::page(frames, root.pfn);
+        // A loop over constants is unrolled, and each level's shift is one.
+        for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
+            if root.level >= level && goal < level {
+                let Some(spte) = page.entry_at(gfn, level).map(EntryRef::load) else {
+                    return Fast::GaveUp;
+                };
+                if !F::is_table(spte) {
+                    return Fast::GaveUp;
+                }
+                page = table::page(frames, F::pfn(spte));
+            }
+        }
+        let Some(entry) = page.entry_at(gfn, goal) else {
+            return Fast::GaveUp;
+        };
+        let old = entry.load();
+        if old == F::EMPTY {
+            let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
+            let leaf = F::leaf(pfn, goal, self.leaf_attrs(mapping, mapping.perms, prefetch));
+            if entry::install_leaf::<F>(entry, goal, leaf, &*self.shard).is_ok() {
+                self.shard.add(Stat::Fixed, 1);
+                return Fast::Fixed(goal);
+            }
+        } else if F::is_leaf(old, goal) && F::allows(old, access) {
+            self.shard.add(Stat::Spurious, 1);
+            return Fast::Spurious;
+        }
+        Fast::GaveUp
+    }
+
+    #[inline(always)]
+    fn leaf_attrs(&self, mapping: Mapping, perms: Perms, prefetch: bool) -> LeafAttrs {
+        LeafAttrs {
+            memory_type: mapping.memory_type,
+            ignore_guest_pat: mapping.ignore_guest_pat,
+            ad_bits: self.root.ad_bits,
+            accessed: !prefetch,
+            ..LeafAttrs::memory(perms)
+        }
+    }
+
+    /// Largest level up to `goal` at which guest and host frame agree below the size, and that the MMU allows.
+    #[inline]
+    fn aligned(&self, gfn: Gfn, pfn: Pfn, goal: Level) -> Level {
+        let mut goal = goal.min(self.shared.max_leaf);
+        while goal > Level::L1 && (gfn.0 ^ pfn.0) & (goal.pages() - 1) != 0 {
+            goal = goal.below_or_leaf();
+        }
+        goal
+    }
+
+    /// The slow path of a fault.
+    #[cold]
+    pub(crate) fn resolve(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+    ) -> Resolution<H::Backing> {
+        let gfn = fault.gpa.gfn();
+        if gfn >= self.root.limit() {
+            return Resolution::Done(self.memory_fault(fault, MemoryFaultReason::BeyondWidth));
+        }
+        if self.root.is_obsolete() {
+            return Resolution::Done(self.retry(RetryReason::RootObsolete));
+        }
+        if self.shared.invalidations.covers(self.as_id, gfn) {
+            return Resolution::Done(self.retry(RetryReason::Invalidation));
+        }
+        let Some(slot) = self.find_slot(section, gfn) else {
+            return Resolution::Done(self.mmio(fault));
+        };
+        if slot.changing {
+            return Resolution::Done(self.retry(RetryReason::SlotChanging));
+        }
+        let lookup = self.shared.host.lookup(slot, gfn, fault.access);
+        if let Lookup::Mapped(mapping) = lookup {
+            let (flags, goal) = (
+                slot.flags(),
+                slot.level_at(gfn, fault.max_level.min(mapping.level)),
+            );
+            return Resolution::Done(self.install_backed(fault, flags, goal, mapping));
+        }
+        self.resolve_unmapped(section, fault, lookup)
+    }
+
+    #[cold]
+    fn resolve_unmapped(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+        lookup: Lookup,
+    ) -> Resolution<H::Backing> {
+        match (
+            lookup,
+            self.shared.slots.find(section, self.as_id, fault.gpa.gfn()),
+        ) {
+            (Lookup::Blocking, Some(slot)) => {
+                Resolution::Sleep(slot.clone(), self.shared.invalidations.sequence())
+            }
+            (Lookup::Failed, _) => {
+                Resolution::Done(self.memory_fault(fault, MemoryFaultReason::NotBacked))
+            }
+            _ => Resolution::Done(self.retry(RetryReason::Backing)),
+        }
+    }
+
+    /// Goes on inside a new critical section with what a sleeping look-up found.
+    pub(crate) fn resolve_slept(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+        slept_on: &Arc<Slot<H::Backing>>,
+        sequence: u64,
+        lookup: Lookup,
+    ) -> Outcome {
+        let gfn = fault.gpa.gfn();
+        if self.root.is_obsolete() {
+            return self.retry(RetryReason::RootObsolete);
+        }
+        // INV: no-stale-install: an invalidation that is under way is seen by its range, one that has passed by the
+        // sequence; a slot that was replaced is another one.
+        let invalidations = &self.shared.invalidations;
+        if invalidations.covers(self.as_id, gfn) || invalidations.sequence() != sequence {
+            return self.retry(RetryReason::Invalidation);
+        }
+        match self.shared.slots.find(section, self.as_id, gfn) {
+            Some(slot) if Arc::ptr_eq(slot, slept_on) => {}
+            _ => return self.retry(RetryReason::SlotChanging),
+        }
+        match lookup {
+            Lookup::Mapped(mapping) => {
+                let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
+                self.install_backed(fault, slept_on.flags(), goal, mapping)
+            }
+            Lookup::Failed => self.memory_fault(fault, MemoryFaultReason::NotBacked),
+            Lookup::Blocking | Lookup::Retry => self.retry(RetryReason::Backing),
+        }
+    }
+
+    fn install_backed(
+        &mut self,
+        fault: Fault,
+        flags: SlotFlags,
+        goal: Level,
+        mapping: Mapping,
+    ) -> Outcome {
+        let mut perms = mapping.perms;
+        if flags.contains(SlotFlags::READ_ONLY) {
+            if fault.access.is_write() {
+                self.shard.add(Stat::Mmio, 1);
+                return Outcome::Mmio {
+                    gpa: fault.gpa,
+                    read_only: true,
+                };
+            }
+            perms = perms.difference(Perms::WRITE);
+        }
+        if !perms.contains(fault.access.needs()) {
+            return self.memory_fault(fault, MemoryFaultReason::NotPermitted);
+        }
+        self.install_mapping(fault, goal, mapping, perms)
+    }
+
+    /// Installs a mapping whose permissions were checked.
+    pub(crate) fn install_mapping(
+        &mut self,
+        fault: Fault,
+        goal: Level,
+        mapping: Mapping,
+        perms: Perms,
+    ) -> Outcome {
+        let gfn = fault.gpa.gfn();
+        let goal = self.aligned(gfn, mapping.pfn, goal);
+        let attrs = self.leaf_attrs(mapping, perms, fault.prefetch);
+        let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
+        self.install(Request {
+            gfn,
+            goal,
+            pfn,
+            attrs,
+            access: fault.access,
+            prefetch: fault.prefetch,
+        })
+    }
+
+    #[cold]
+    pub(crate) fn retry(&self, reason: RetryReason) -> Outcome {
+        self.shard.add(reason.stat(), 1);
+        Outcome::Retry(reason)
+    }
+
+    #[cold]
+    pub(crate) fn memory_fault(&self, fault: Fault, reason: MemoryFaultReason) -> Outcome {
+        self.shard.add(Stat::MemoryFault, 1);
+        Outcome::MemoryFault(MemoryFault {
+            gpa: fault.gpa,
+            access: fault.access,
+            reason,
+        })
+    }
+}

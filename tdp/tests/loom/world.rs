@@ -1,0 +1,425 @@
+//! What the models share: frames, host, processor, audit.
+//!
+//! Two things are checked all the time. A *table frame* is read by whoever asks for its page and written by whoever gives
+//! it back, and loom reports a pair of these that nothing orders; a frame at home has no page, and its entries are
+//! poisoned: who still walks it is led to a frame that does not exist. A *guest page* is read by the processor when it
+//! translates to it and written by its owner once the MMU has promised that no vCPU can reach it.
+
+#![allow(unsafe_code)]
+// UNSAFETY: a frame source promises what its pages are.
+
+use loom::cell::UnsafeCell;
+use loom::sync::Mutex;
+use loom::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
+use std::time::Instant;
+use tdp::{
+    Access, AddressSpaceId, Decoded, Ept, FlushRequest, Format, FrameSource, Gfn, Host, Hpa, Level,
+    Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, Spte, TableMemory, TablePage,
+    TlbTracker, TlbVcpu,
+};
+use tdp_arch::walker::PhysicalMemory;
+
+pub type Mmu = tdp::Mmu<Ept, TestHost>;
+pub type Vcpu = tdp::Vcpu<Ept, TestHost>;
+
+pub const SPACE: AddressSpaceId = AddressSpaceId(0);
+/// Two frames below the first entry of the root, and one below the second.
+pub const A: Gfn = Gfn(0);
+pub const B: Gfn = Gfn(1);
+pub const FAR: Gfn = Gfn(512);
+/// All frames that the models use.
+pub const ALL: Range<Gfn> = Gfn(0)..Gfn(1024);
+/// The frames below the first entry of the root.
+pub const FIRST: Range<Gfn> = Gfn(0)..Gfn(512);
+
+/// Host frames that back the guest from frame 0 on, before and after the host has switched them. Aligned, so that large
+/// leaves are possible.
+pub const OLD: Pfn = Pfn(0x4000);
+pub const NEW: Pfn = Pfn(0x8000);
+
+/// Explores a model and says how many executions it took.
+pub fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+    let executions = Arc::new(AtomicUsize::new(0));
+    let count = executions.clone();
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = preemptions;
+    builder.max_branches = 20_000;
+    let start = Instant::now();
+    builder.check(move || {
+        count.fetch_add(1, Plain::Relaxed);
+        model();
+    });
+    println!(
+        "loom {name}: {} executions, {}, {:.1} s",
+        executions.load(Plain::Relaxed),
+        preemptions.map_or("exhaustive".into(), |bound| format!(
+            "preemption bound {bound}"
+        )),
+        start.elapsed().as_secs_f64(),
+    );
+}
+
+const FIRST_FRAME: Pfn = Pfn(0x100);
+const FRAMES: u64 = 20;
+/// Leads to a table frame that does not exist, whoever follows it.
+const POISON: Spte = Spte(1 << 11 | 0xbad << 12);
+
+/// A frame source of a few boxed pages.
+#[derive(Clone)]
+pub struct Frames(Arc<Pages>);
+
+struct Pages {
+    pages: Vec<Frame>,
+    /// loom's lock: a frame that comes back is handed out with all that was done to it.
+    home: Mutex<Vec<Pfn>>,
+}
+
+struct Frame {
+    page: Box<TablePage>,
+    /// Read with every use of the frame, written when it is given back.
+    used: UnsafeCell<()>,
+    out: AtomicBool,
+}
+
+// SAFETY: loom checks that every write of `used` is ordered against every other access, and a model runs its threads on
+// one thread of the system.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+impl Frames {
+    fn new() -> Self {
+        let frame = |_| Frame {
+            page: Box::new(TablePage::zeroed()),
+            used: UnsafeCell::new(()),
+            out: AtomicBool::new(false),
+        };
+        Self(Arc::new(Pages {
+            pages: (0..FRAMES).map(frame).collect(),
+            home: Mutex::new((0..FRAMES).rev().map(|n| Pfn(FIRST_FRAME.0 + n)).collect()),
+        }))
+    }
+
+    fn frame(&self, pfn: Pfn) -> &Frame {
+        let number = pfn.0.checked_sub(FIRST_FRAME.0);
+        let frame = number.and_then(|number| self.0.pages.get(number as usize));
+        frame.unwrap_or_else(|| panic!("{pfn:?} was read from the entry of a frame that is gone"))
+    }
+
+    /// Frames that are out.
+    pub fn out(&self) -> usize {
+        let out = |frame: &&Frame| frame.out.load(Plain::Relaxed);
+        self.0.pages.iter().filter(out).count()
+    }
+}
+
+// SAFETY: a frame is in the list or out of it; its page is boxed and lives as long as the source.
+unsafe impl FrameSource for Frames {
+    fn window(&self) -> Range<Pfn> {
+        FIRST_FRAME..Pfn(FIRST_FRAME.0 + FRAMES)
+    }
+
+    fn allocate(&self, out: &mut [Pfn]) -> Result<usize, OutOfFrames> {
+        let mut home = self.0.home.lock().unwrap();
+        let mut count = 0;
+        // A few at a time: what a vCPU keeps in its cache is nothing that a model learns from.
+        for slot in out.iter_mut().take(5) {
+            let Some(pfn) = home.pop() else { break };
+            let frame = self.frame(pfn);
+            assert!(
+                !frame.out.swap(true, Plain::Relaxed),
+                "{pfn:?} is out already"
+            );
+            *slot = pfn;
+            count += 1;
+        }
+        if count == 0 {
+            let limit = FRAMES as usize;
+            return Err(OutOfFrames { limit });
+        }
+        Ok(count)
+    }
+
+    fn free(&self, frames: &[Pfn]) {
+        for &pfn in frames {
+            let memory = TableMemory::new(self);
+            for hpa in entries(pfn) {
+                while let Some(old) = memory.load(hpa).filter(|&old| old != POISON.0) {
+                    let _ = memory.compare_exchange(hpa, old, POISON.0);
+                }
+            }
+            let frame = self.frame(pfn);
+            frame.used.with_mut(|_| ());
+            assert!(
+                frame.out.swap(false, Plain::Relaxed),
+                "{pfn:?} was freed twice"
+            );
+        }
+        self.0.home.lock().unwrap().extend_from_slice(frames);
+    }
+
+    fn page(&self, pfn: Pfn) -> NonNull<TablePage> {
+        let frame = self.frame(pfn);
+        assert!(
+            frame.out.load(Plain::Relaxed),
+            "{pfn:?} is used after it was freed"
+        );
+        frame.used.with(|_| ());
+        NonNull::from(&*frame.page)
+    }
+}
+
+/// Addresses of the entries of a table.
+fn entries(pfn: Pfn) -> [Hpa; 2] {
+    [0, 8].map(|offset| Hpa(pfn.address().0 + offset))
+}
+
+/// A host of one kind of backing: consecutive frames from a base that can be switched.
+pub struct TestHost {
+    frames: Frames,
+    /// Host frame of guest frame 0. Relaxed: the MMU has to order a switch against look-ups all by itself.
+    base: AtomicU64,
+    /// Largest leaf that the backing allows.
+    level: Level,
+    /// Permissions that the host gives, by access.
+    perms: fn(Access) -> Perms,
+    /// Look-ups have to sleep.
+    sleeps: bool,
+    tlb: TlbTracker,
+    /// Guest pages behind [`OLD`]: read by the processor, written by the owner who took them away.
+    pages: [UnsafeCell<()>; 2],
+}
+
+// SAFETY: as for `Pages`.
+unsafe impl Sync for TestHost {}
+
+impl TestHost {
+    pub fn new() -> Self {
+        Self {
+            frames: Frames::new(),
+            base: AtomicU64::new(OLD.0),
+            level: Level::L1,
+            perms: |_| Perms::RWX,
+            sleeps: false,
+            tlb: TlbTracker::new(),
+            pages: [(); 2].map(UnsafeCell::new),
+        }
+    }
+
+    /// Leaves up to `level`.
+    pub fn level(mut self, level: Level) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// A page is given for writing only to who writes.
+    pub fn copy_on_write(mut self) -> Self {
+        self.perms = |access| match access {
+            Access::Write => Perms::RWX,
+            _ => Perms::RX,
+        };
+        self
+    }
+
+    /// Each access gets what it needs beyond reading, and no more.
+    pub fn by_access(mut self) -> Self {
+        self.perms = |access| Perms::READ.union(access.needs());
+        self
+    }
+
+    /// Look-ups have to sleep.
+    pub fn sleeps(mut self) -> Self {
+        self.sleeps = true;
+        self
+    }
+
+    /// Switches the backing.
+    pub fn switch(&self) {
+        self.base.store(NEW.0, Ordering::Relaxed);
+    }
+
+    /// What the owner of the old page of `gfn` does with it once no vCPU can reach it.
+    pub fn take_page(&self, gfn: Gfn) {
+        self.pages[gfn.0 as usize].with_mut(|_| ());
+    }
+
+    fn find(&self, gfn: Gfn, access: Access) -> Lookup {
+        let pfn = Pfn(self.base.load(Ordering::Relaxed) + gfn.0);
+        Lookup::Mapped(Mapping::memory(pfn, self.level, (self.perms)(access)))
+    }
+}
+
+impl Host for TestHost {
+    type Frames = Frames;
+    type Backing = ();
+
+    fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    fn lookup(&self, _slot: &Slot<()>, gfn: Gfn, access: Access) -> Lookup {
+        if self.sleeps {
+            Lookup::Blocking
+        } else {
+            self.find(gfn, access)
+        }
+    }
+
+    fn lookup_blocking(&self, _slot: &Slot<()>, gfn: Gfn, access: Access) -> Lookup {
+        self.find(gfn, access)
+    }
+
+    fn flush(&self, _request: &FlushRequest) {
+        self.tlb.track(|_| {});
+    }
+}
+
+/// One MMU of one execution, with a root of level 2 and a slot for everything.
+pub struct World {
+    pub mmu: Mmu,
+    frames: Frames,
+}
+
+impl World {
+    pub fn new(host: TestHost) -> Self {
+        let frames = host.frames.clone();
+        // Whatever is retired is freed as soon as it may be.
+        let mmu = Mmu::builder(host)
+            .levels(Level::L2)
+            .garbage_bound(1)
+            .build();
+        let mmu = mmu.unwrap();
+        Self { mmu, frames }
+    }
+
+    /// With a slot over all frames.
+    pub fn with_memory(host: TestHost) -> Self {
+        let world = Self::new(host);
+        world.mmu.slots().insert(Slot::new(ALL, ())).unwrap();
+        world
+    }
+
+    /// A vCPU whose cache is full.
+    pub fn vcpu(&self) -> Vcpu {
+        let mut vcpu = self.mmu.vcpu().unwrap();
+        drop(vcpu.batch().unwrap());
+        vcpu
+    }
+
+    /// A processor that runs under the root of `vcpu`.
+    pub fn processor(&self, vcpu: &mut Vcpu) -> Processor {
+        Processor {
+            mmu: self.mmu.clone(),
+            tlb: self.mmu.host().tlb.vcpu(),
+            root: vcpu.load_root().unwrap().hpa.pfn(),
+        }
+    }
+
+    /// The leaf of a frame, read as the processor would.
+    pub fn leaf(&self, vcpu: &mut Vcpu, gfn: Gfn) -> Option<(Pfn, Perms)> {
+        let root = vcpu.load_root().unwrap().hpa.pfn();
+        translate(&self.frames, root, gfn)
+    }
+
+    /// Compares the tree with the counters and with what the MMU shows. Nobody else is at work.
+    pub fn audit(&self, vcpu: &mut Vcpu) -> Tree {
+        let root = vcpu.load_root().unwrap();
+        let mut tree = Tree::default();
+        tree.walk(&self.frames, root.hpa.pfn(), root.level);
+        let stats = self.mmu.stats();
+        assert_eq!(stats.tables, tree.tables, "tables counted");
+        assert_eq!(stats.pages, [tree.small, tree.large, 0], "leaves counted");
+        let mut shown = 0;
+        self.mmu.visit_leaves(SPACE, ALL, |_| shown += 1);
+        assert_eq!(shown, tree.small + tree.large, "leaves shown");
+        tree
+    }
+
+    /// Ends the execution: everything is freed, once.
+    pub fn finish(self, vcpus: impl IntoIterator<Item = Vcpu>) {
+        vcpus.into_iter().for_each(drop);
+        drop(self.mmu);
+        assert_eq!(self.frames.out(), 0, "frames that never came home");
+    }
+}
+
+/// What hangs below a root.
+#[derive(Debug, Default)]
+pub struct Tree {
+    /// Tables, the root not counted.
+    pub tables: u64,
+    /// Leaves of level 1.
+    pub small: u64,
+    /// Leaves of level 2.
+    pub large: u64,
+}
+
+impl Tree {
+    fn walk(&mut self, frames: &Frames, table: Pfn, level: Level) {
+        for hpa in entries(table) {
+            let spte = Spte(TableMemory::new(frames).load(hpa).unwrap());
+            match Ept::decode(spte, level) {
+                Decoded::Empty | Decoded::Mmio(_) => {}
+                Decoded::Table(below) => {
+                    self.tables += 1;
+                    self.walk(frames, below, level.below().unwrap());
+                }
+                Decoded::Leaf { .. } if level == Level::L1 => self.small += 1,
+                Decoded::Leaf { .. } => self.large += 1,
+                other => panic!("{other:?} in a table that is linked"),
+            }
+        }
+    }
+}
+
+/// The leaf of a frame below a root, by loads of the entries and nothing else.
+fn translate(frames: &Frames, root: Pfn, gfn: Gfn) -> Option<(Pfn, Perms)> {
+    let memory = TableMemory::new(frames);
+    let (mut table, mut level) = (root, Level::L2);
+    loop {
+        let hpa = entries(table)[level.index(gfn)];
+        match Ept::decode(Spte(memory.load(hpa)?), level) {
+            Decoded::Table(below) => (table, level) = (below, level.below()?),
+            Decoded::Leaf { pfn, perms, .. } => {
+                return Some((Pfn(pfn.0 + (gfn.0 & (level.pages() - 1))), perms));
+            }
+            _ => return None,
+        }
+    }
+}
+
+/// A processor that runs a guest: in no critical section, held off by nothing but TLB tracking.
+pub struct Processor {
+    mmu: Mmu,
+    tlb: TlbVcpu,
+    root: Pfn,
+}
+
+impl Processor {
+    /// Enters the guest, translates a frame, touches the page behind it, leaves.
+    pub fn touch(&mut self, gfn: Gfn) {
+        let host = self.mmu.host();
+        // Its TLB holds one translation, made below and gone at the end, so there is nothing to flush.
+        let _ = self.tlb.enter();
+        if let Some((pfn, _)) = translate(&host.frames, self.root, gfn)
+            && let Some(page) = host.pages.get(pfn.0.wrapping_sub(OLD.0) as usize)
+        {
+            page.with(|_| ());
+        }
+        self.tlb.exit();
+    }
+}
+
+/// Says whether a fault left the access possible.
+#[track_caller]
+pub fn settled(outcome: Outcome) -> bool {
+    match outcome {
+        Outcome::Fixed { .. } | Outcome::Spurious => true,
+        Outcome::Retry(_) => false,
+        other => panic!("{other:?}"),
+    }
+}
