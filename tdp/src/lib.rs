@@ -70,7 +70,7 @@ pub use invalidate::Invalidation;
 pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
-pub use range::Leaf;
+pub use range::{Audit, Leaf};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};

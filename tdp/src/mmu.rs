@@ -2,7 +2,7 @@
 
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames};
 use crate::invalidate::{Invalidation, Invalidations};
-use crate::range::Leaf;
+use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
 use crate::root::{Root, RootSet};
@@ -322,6 +322,11 @@ impl<F: Format, H: Host> Mmu<F, H> {
         self.shared
             .visit_leaves(as_id, range, |leaf| found = Some(leaf));
         found
+    }
+
+    /// Checks every entry of every current tree.
+    pub fn audit(&self) -> Audit {
+        self.shared.audit()
     }
 
     /// Counters.

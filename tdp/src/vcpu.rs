@@ -148,9 +148,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         access: Access,
     ) -> Result<Outcome, FaultError> {
         let section = self.reader.enter();
-        let fast = self
-            .core
-            .map_fast(gfn, mapping, mapping.level, access, false);
+        let fast = self.core.map_checked(gfn, mapping, access);
         drop(section);
         match fast {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
@@ -293,10 +291,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         access: Access,
     ) -> Result<Outcome, FaultError> {
         self.section.repin();
-        match self
-            .core
-            .map_fast(gfn, mapping, mapping.level, access, false)
-        {
+        match self.core.map_checked(gfn, mapping, access) {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
             Fast::Spurious => Ok(Outcome::Spurious),
             Fast::GaveUp => self.map_slow(gfn, mapping, access),

@@ -6,7 +6,8 @@
 
 use super::scenario::Scenario;
 use crate::report::Error;
-use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -144,36 +145,47 @@ impl Lines {
 }
 
 /// Decompressed content of one zstd frame after the other.
-struct Frames<R: Read> {
+struct Frames<R> {
     file: R,
     frame: Option<FrameDecoder>,
 }
 
+impl<R: BufRead> Frames<R> {
+    /// Decompresses until something can be read from the frame, or it ends.
+    fn advance(&mut self, frame: &mut FrameDecoder) -> io::Result<()> {
+        while frame.can_collect() == 0 && !frame.is_finished() {
+            frame.decode_blocks(&mut self.file, BlockDecodingStrategy::UptoBlocks(1)).map_err(broken)?;
+        }
+        Ok(())
+    }
+}
+
 impl<R: BufRead> Read for Frames<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let broken = |what: String| io::Error::new(ErrorKind::InvalidData, format!("zstd: {what}"));
         loop {
-            let Some(decoder) = self.frame.take() else {
-                if self.file.fill_buf()?.is_empty() {
-                    return Ok(0);
+            let mut frame = match self.frame.take() {
+                Some(frame) => frame,
+                None if self.file.fill_buf()?.is_empty() => return Ok(0),
+                None => {
+                    let mut frame = FrameDecoder::new();
+                    frame.init(&mut self.file).map_err(broken)?;
+                    frame
                 }
-                let mut decoder = FrameDecoder::new();
-                decoder.init(&mut self.file).map_err(|e| broken(e.to_string()))?;
-                self.frame = Some(decoder);
-                continue;
             };
-            let mut streaming = resume(&mut self.file, decoder);
-            let read = streaming.read(out).map_err(|e| broken(e.to_string()))?;
-            let decoder = streaming.into_frame_decoder();
+            self.advance(&mut frame)?;
+            let read = frame.read(out)?;
             if read > 0 || out.is_empty() {
-                self.frame = Some(decoder);
+                self.frame = Some(frame);
                 return Ok(read);
             }
-            if decoder.get_checksum_from_data() != decoder.get_calculated_checksum()
-                && decoder.get_checksum_from_data().is_some()
-            {
-                return Err(broken("wrong checksum".to_owned()));
+            let recorded = frame.get_checksum_from_data();
+            if recorded.is_some() && recorded != frame.get_calculated_checksum() {
+                return Err(broken("wrong checksum"));
             }
         }
     }
+}
+
+fn broken(what: impl fmt::Display) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("zstd: {what}"))
 }

@@ -3,7 +3,6 @@
 //! A [`Tree`] is one root: its leaves by first frame, its MMIO entries, and which tables are linked. It knows what an
 //! operation must do from the documentation of the MMU, and walks nothing.
 
-use super::processor::Processor;
 use std::collections::{BTreeMap, BTreeSet};
 use tdp::{Access, Gfn, GfnRange, Level, Perms};
 
@@ -229,7 +228,7 @@ impl Tree {
     }
 
     /// The processor walked to `gfn` for `access` and got through.
-    pub(crate) fn touch<F: Processor>(&mut self, gfn: u64, write: bool) {
+    pub(crate) fn touch(&mut self, gfn: u64, write: bool) {
         if let Some((start, _)) = self.leaf_at(gfn)
             && let Some(leaf) = self.leaves.get_mut(&start)
         {

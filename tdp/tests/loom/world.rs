@@ -23,26 +23,30 @@ use tdp::{
 };
 use tdp_arch::walker::PhysicalMemory;
 
-pub type Mmu = tdp::Mmu<Ept, TestHost>;
-pub type Vcpu = tdp::Vcpu<Ept, TestHost>;
+pub(crate) type Mmu = tdp::Mmu<Ept, TestHost>;
+pub(crate) type Vcpu = tdp::Vcpu<Ept, TestHost>;
 
-pub const SPACE: AddressSpaceId = AddressSpaceId(0);
+pub(crate) const SPACE: AddressSpaceId = AddressSpaceId(0);
 /// Two frames below the first entry of the root, and one below the second.
-pub const A: Gfn = Gfn(0);
-pub const B: Gfn = Gfn(1);
-pub const FAR: Gfn = Gfn(512);
+pub(crate) const A: Gfn = Gfn(0);
+pub(crate) const B: Gfn = Gfn(1);
+pub(crate) const FAR: Gfn = Gfn(512);
 /// All frames that the models use.
-pub const ALL: Range<Gfn> = Gfn(0)..Gfn(1024);
+pub(crate) const ALL: Range<Gfn> = Gfn(0)..Gfn(1024);
 /// The frames below the first entry of the root.
-pub const FIRST: Range<Gfn> = Gfn(0)..Gfn(512);
+pub(crate) const FIRST: Range<Gfn> = Gfn(0)..Gfn(512);
 
 /// Host frames that back the guest from frame 0 on, before and after the host has switched them. Aligned, so that large
 /// leaves are possible.
-pub const OLD: Pfn = Pfn(0x4000);
-pub const NEW: Pfn = Pfn(0x8000);
+pub(crate) const OLD: Pfn = Pfn(0x4000);
+pub(crate) const NEW: Pfn = Pfn(0x8000);
 
 /// Explores a model and says how many executions it took.
-pub fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn explore(
+    name: &str,
+    preemptions: Option<usize>,
+    model: impl Fn() + Send + Sync + 'static,
+) {
     let executions = Arc::new(AtomicUsize::new(0));
     let count = executions.clone();
     let mut builder = loom::model::Builder::new();
@@ -70,7 +74,7 @@ const POISON: Spte = Spte(1 << 11 | 0xbad << 12);
 
 /// A frame source of a few boxed pages.
 #[derive(Clone)]
-pub struct Frames(Arc<Pages>);
+pub(crate) struct Frames(Arc<Pages>);
 
 struct Pages {
     pages: Vec<Frame>,
@@ -111,7 +115,7 @@ impl Frames {
     }
 
     /// Frames that are out.
-    pub fn out(&self) -> usize {
+    pub(crate) fn out(&self) -> usize {
         let out = |frame: &&Frame| frame.out.load(Plain::Relaxed);
         self.0.pages.iter().filter(out).count()
     }
@@ -179,7 +183,7 @@ fn entries(pfn: Pfn) -> [Hpa; 2] {
 }
 
 /// A host of one kind of backing: consecutive frames from a base that can be switched.
-pub struct TestHost {
+pub(crate) struct TestHost {
     frames: Frames,
     /// Host frame of guest frame 0. Relaxed: the MMU has to order a switch against look-ups all by itself.
     base: AtomicU64,
@@ -198,7 +202,7 @@ pub struct TestHost {
 unsafe impl Sync for TestHost {}
 
 impl TestHost {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             frames: Frames::new(),
             base: AtomicU64::new(OLD.0),
@@ -211,13 +215,13 @@ impl TestHost {
     }
 
     /// Leaves up to `level`.
-    pub fn level(mut self, level: Level) -> Self {
+    pub(crate) fn level(mut self, level: Level) -> Self {
         self.level = level;
         self
     }
 
     /// A page is given for writing only to who writes.
-    pub fn copy_on_write(mut self) -> Self {
+    pub(crate) fn copy_on_write(mut self) -> Self {
         self.perms = |access| match access {
             Access::Write => Perms::RWX,
             _ => Perms::RX,
@@ -226,24 +230,24 @@ impl TestHost {
     }
 
     /// Each access gets what it needs beyond reading, and no more.
-    pub fn by_access(mut self) -> Self {
+    pub(crate) fn by_access(mut self) -> Self {
         self.perms = |access| Perms::READ.union(access.needs());
         self
     }
 
     /// Look-ups have to sleep.
-    pub fn sleeps(mut self) -> Self {
+    pub(crate) fn sleeps(mut self) -> Self {
         self.sleeps = true;
         self
     }
 
     /// Switches the backing.
-    pub fn switch(&self) {
+    pub(crate) fn switch(&self) {
         self.base.store(NEW.0, Ordering::Relaxed);
     }
 
     /// What the owner of the old page of `gfn` does with it once no vCPU can reach it.
-    pub fn take_page(&self, gfn: Gfn) {
+    pub(crate) fn take_page(&self, gfn: Gfn) {
         self.pages[gfn.0 as usize].with_mut(|_| ());
     }
 
@@ -279,13 +283,13 @@ impl Host for TestHost {
 }
 
 /// One MMU of one execution, with a root of level 2 and a slot for everything.
-pub struct World {
-    pub mmu: Mmu,
+pub(crate) struct World {
+    pub(crate) mmu: Mmu,
     frames: Frames,
 }
 
 impl World {
-    pub fn new(host: TestHost) -> Self {
+    pub(crate) fn new(host: TestHost) -> Self {
         let frames = host.frames.clone();
         // Whatever is retired is freed as soon as it may be.
         let mmu = Mmu::builder(host)
@@ -297,21 +301,21 @@ impl World {
     }
 
     /// With a slot over all frames.
-    pub fn with_memory(host: TestHost) -> Self {
+    pub(crate) fn with_memory(host: TestHost) -> Self {
         let world = Self::new(host);
         world.mmu.slots().insert(Slot::new(ALL, ())).unwrap();
         world
     }
 
     /// A vCPU whose cache is full.
-    pub fn vcpu(&self) -> Vcpu {
+    pub(crate) fn vcpu(&self) -> Vcpu {
         let mut vcpu = self.mmu.vcpu().unwrap();
         drop(vcpu.batch().unwrap());
         vcpu
     }
 
     /// A processor that runs under the root of `vcpu`.
-    pub fn processor(&self, vcpu: &mut Vcpu) -> Processor {
+    pub(crate) fn processor(&self, vcpu: &mut Vcpu) -> Processor {
         Processor {
             mmu: self.mmu.clone(),
             tlb: self.mmu.host().tlb.vcpu(),
@@ -320,13 +324,28 @@ impl World {
     }
 
     /// The leaf of a frame, read as the processor would.
-    pub fn leaf(&self, vcpu: &mut Vcpu, gfn: Gfn) -> Option<(Pfn, Perms)> {
+    pub(crate) fn leaf(&self, vcpu: &mut Vcpu, gfn: Gfn) -> Option<(Pfn, Perms)> {
         let root = vcpu.load_root().unwrap().hpa.pfn();
         translate(&self.frames, root, gfn)
     }
 
+    /// The entry in which the walk for a frame ends.
+    pub(crate) fn entry(&self, vcpu: &mut Vcpu, gfn: Gfn) -> Spte {
+        let root = vcpu.load_root().unwrap().hpa.pfn();
+        walk(&self.frames, root, gfn).2
+    }
+
+    /// Clears the dirty bit of a frame's leaf.
+    pub(crate) fn clear_dirty(&self, vcpu: &mut Vcpu, gfn: Gfn) {
+        let root = vcpu.load_root().unwrap().hpa.pfn();
+        let (hpa, _, spte) = walk(&self.frames, root, gfn);
+        let clean = spte.0 & !Ept::DIRTY;
+        let memory = TableMemory::new(&self.frames);
+        assert_eq!(memory.compare_exchange(hpa, spte.0, clean), Ok(()));
+    }
+
     /// Compares the tree with the counters and with what the MMU shows. Nobody else is at work.
-    pub fn audit(&self, vcpu: &mut Vcpu) -> Tree {
+    pub(crate) fn audit(&self, vcpu: &mut Vcpu) -> Tree {
         let root = vcpu.load_root().unwrap();
         let mut tree = Tree::default();
         tree.walk(&self.frames, root.hpa.pfn(), root.level);
@@ -340,7 +359,7 @@ impl World {
     }
 
     /// Ends the execution: everything is freed, once.
-    pub fn finish(self, vcpus: impl IntoIterator<Item = Vcpu>) {
+    pub(crate) fn finish(self, vcpus: impl IntoIterator<Item = Vcpu>) {
         vcpus.into_iter().for_each(drop);
         drop(self.mmu);
         assert_eq!(self.frames.out(), 0, "frames that never came home");
@@ -349,13 +368,13 @@ impl World {
 
 /// What hangs below a root.
 #[derive(Debug, Default)]
-pub struct Tree {
+pub(crate) struct Tree {
     /// Tables, the root not counted.
-    pub tables: u64,
+    pub(crate) tables: u64,
     /// Leaves of level 1.
-    pub small: u64,
+    pub(crate) small: u64,
     /// Leaves of level 2.
-    pub large: u64,
+    pub(crate) large: u64,
 }
 
 impl Tree {
@@ -376,24 +395,33 @@ impl Tree {
     }
 }
 
-/// The leaf of a frame below a root, by loads of the entries and nothing else.
-fn translate(frames: &Frames, root: Pfn, gfn: Gfn) -> Option<(Pfn, Perms)> {
+/// Where a walk for a frame ends, by loads of the entries and nothing else.
+fn walk(frames: &Frames, root: Pfn, gfn: Gfn) -> (Hpa, Level, Spte) {
     let memory = TableMemory::new(frames);
     let (mut table, mut level) = (root, Level::L2);
     loop {
         let hpa = entries(table)[level.index(gfn)];
-        match Ept::decode(Spte(memory.load(hpa)?), level) {
-            Decoded::Table(below) => (table, level) = (below, level.below()?),
-            Decoded::Leaf { pfn, perms, .. } => {
-                return Some((Pfn(pfn.0 + (gfn.0 & (level.pages() - 1))), perms));
-            }
-            _ => return None,
+        let spte = Spte(memory.load(hpa).unwrap());
+        match (Ept::decode(spte, level), level.below()) {
+            (Decoded::Table(below), Some(level_below)) => (table, level) = (below, level_below),
+            _ => return (hpa, level, spte),
         }
     }
 }
 
+/// The leaf of a frame below a root.
+fn translate(frames: &Frames, root: Pfn, gfn: Gfn) -> Option<(Pfn, Perms)> {
+    let (_, level, spte) = walk(frames, root, gfn);
+    match Ept::decode(spte, level) {
+        Decoded::Leaf { pfn, perms, .. } => {
+            Some((Pfn(pfn.0 + (gfn.0 & (level.pages() - 1))), perms))
+        }
+        _ => None,
+    }
+}
+
 /// A processor that runs a guest: in no critical section, held off by nothing but TLB tracking.
-pub struct Processor {
+pub(crate) struct Processor {
     mmu: Mmu,
     tlb: TlbVcpu,
     root: Pfn,
@@ -401,7 +429,7 @@ pub struct Processor {
 
 impl Processor {
     /// Enters the guest, translates a frame, touches the page behind it, leaves.
-    pub fn touch(&mut self, gfn: Gfn) {
+    pub(crate) fn touch(&mut self, gfn: Gfn) {
         let host = self.mmu.host();
         // Its TLB holds one translation, made below and gone at the end, so there is nothing to flush.
         let _ = self.tlb.enter();
@@ -412,11 +440,33 @@ impl Processor {
         }
         self.tlb.exit();
     }
+
+    /// Sets the dirty bit of a frame's leaf, as a write of the guest does, if the leaf permits writing.
+    pub(crate) fn set_dirty(&mut self, gfn: Gfn) -> bool {
+        let frames = &self.mmu.host().frames;
+        let _ = self.tlb.enter();
+        let set = loop {
+            let (hpa, level, spte) = walk(frames, self.root, gfn);
+            if !Ept::is_leaf(spte, level) || spte.0 & Ept::WRITABLE == 0 {
+                break false;
+            }
+            // Whatever it finds instead, it walks again.
+            let dirty = spte.0 | Ept::DIRTY;
+            if TableMemory::new(frames)
+                .compare_exchange(hpa, spte.0, dirty)
+                .is_ok()
+            {
+                break true;
+            }
+        };
+        self.tlb.exit();
+        set
+    }
 }
 
 /// Says whether a fault left the access possible.
 #[track_caller]
-pub fn settled(outcome: Outcome) -> bool {
+pub(crate) fn settled(outcome: Outcome) -> bool {
     match outcome {
         Outcome::Fixed { .. } | Outcome::Spurious => true,
         Outcome::Retry(_) => false,
