@@ -242,7 +242,7 @@ proptest! {
         cases: 512,
         failure_persistence: None,
         rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(0x7dB_0002),
+        rng_seed: RngSeed::Fixed(0x7db_0002),
         ..Config::default()
     })]
 

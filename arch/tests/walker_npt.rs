@@ -96,6 +96,15 @@ fn address_is_made_of_entry_and_offset() {
         let found = outcome(plain(), &entries, GuestAccess::Read).expect("mapped");
         assert_eq!((found.hpa, found.level), (Hpa(hpa), level));
     }
+    // An offset with bit 12 clear shows that PAT stays out of the address.
+    for (entries, hpa) in [
+        (vec![7, 7, PS | bit(12) | 7], 0x18_8abc),
+        (vec![7, PS | bit(12) | 7], 0x1678_8abc),
+    ] {
+        let gpa = Gpa(GPA.0 & !0x1000);
+        let found = walker(plain()).walk(&memory_with(gpa, &entries), ROOT, gpa, GuestAccess::Read);
+        assert_eq!(found.map(|t| t.hpa), Ok(Hpa(hpa)));
+    }
 }
 
 /// The values that an emulator of a processor was seen to report: an unmapped read and a write to a read-only page.

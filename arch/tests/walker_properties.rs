@@ -17,7 +17,7 @@ fn config() -> Config {
         cases: 1024,
         failure_persistence: None,
         rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(0x7dB_0001),
+        rng_seed: RngSeed::Fixed(0x7db_0001),
         ..Config::default()
     }
 }

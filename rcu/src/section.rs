@@ -4,12 +4,12 @@
 //!
 //! ```text
 //!   enter   word = odd   (Release)          retire side   unlink
-//!           fence (SeqCst)                                fence (SeqCst)
+//!           light fence                                   heavy fence
 //!           walk: load links                              load word (Acquire): odd? remember it
 //!   leave   word += 1    (Release)                        free when the word is another one (Acquire)
 //! ```
 //!
-//! Of the two fences one comes first. If the section's does, the retire side sees the odd word and waits for it to
+//! Of the two fences (`barrier.rs`) one comes first. If the section's does, the retire side sees the odd word and waits for it to
 //! change. If the retire side's does, the section's walk sees the unlinking and cannot reach the garbage. A word that
 //! has changed belongs to a section that has left: its owner counts upwards, so no word comes back.
 //!
@@ -147,6 +147,9 @@ impl Registry {
     /// Remembers who is inside now; what was unlinked before the call may be freed when all of them have left.
     pub(crate) fn snapshot(&self) -> Laggards {
         let records = self.records.lock().clone();
+        if records.is_empty() {
+            return Laggards(Vec::new());
+        }
         barrier::heavy();
         Laggards(
             records
@@ -159,6 +162,9 @@ impl Registry {
     /// Waits until every section that was inside at the call has left. Allocates nothing.
     pub(crate) fn synchronize(&self) {
         let records = self.records.lock().clone();
+        if records.is_empty() {
+            return;
+        }
         barrier::heavy();
         for records in records.chunks(SCAN) {
             // All words first, then the waits: the waits overlap, and no section that begins meanwhile is waited for.

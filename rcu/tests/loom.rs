@@ -234,7 +234,7 @@ fn section_against_synchronize_sections() {
 
 #[test]
 fn two_sections_against_synchronize_sections() {
-    explore("section + section x synchronize_sections", None, || {
+    explore("section + section x synchronize_sections", Some(3), || {
         let domain = domain();
         let object = Object::new();
         let walkers = [(); 2].map(|()| {
@@ -311,6 +311,30 @@ fn two_retirers() {
         domain.drive();
         other.join().unwrap();
         finish(&domain, &[&objects[0], &objects[1]]);
+    });
+}
+
+#[test]
+fn section_against_retire_and_drive() {
+    explore("section x retire x drive", Some(2), || {
+        let domain = domain();
+        let object = Object::new();
+        let mut reader = domain.reader();
+        let walker = thread::spawn({
+            let object = object.clone();
+            move || object.walk_in_section(&reader.enter())
+        });
+        let retirer = thread::spawn({
+            let (domain, object) = (domain.clone(), object.clone());
+            move || {
+                object.unlink();
+                domain.retire(Garbage(object.clone()), 1);
+            }
+        });
+        domain.drive();
+        walker.join().unwrap();
+        retirer.join().unwrap();
+        finish(&domain, &[&object]);
     });
 }
 

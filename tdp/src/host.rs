@@ -8,9 +8,11 @@
 
 use crate::entry::TablePage;
 use crate::slots::Slot;
+use alloc::sync::Arc;
 use core::ops::Range;
 use core::ptr::NonNull;
 use tdp_arch::{Access, Gfn, GfnRange, Level, MemoryType, Perms, Pfn};
+use tdp_rcu::sync::CachePadded;
 
 /// Most address spaces of one MMU: the normal one and system-management mode.
 pub const MAX_ADDRESS_SPACES: usize = 2;
@@ -111,6 +113,9 @@ pub struct FlushRequest {
     /// Whether tables went away: paging-structure caches must be flushed, not only translations.
     pub tables: bool,
 }
+
+/// The host, counted. The count lies on lines of its own, because every fault reads what follows it.
+pub(crate) type SharedHost<H> = Arc<CachePadded<H>>;
 
 /// What the embedder supplies.
 pub trait Host: Send + Sync + 'static {

@@ -15,9 +15,9 @@ use crate::fault::{Fault, Outcome, RetryReason};
 use crate::host::Host;
 use crate::range_zap::seal_subtree;
 use crate::stats::{Stat, Tally};
-use crate::table::{self, Place, TableState};
+use crate::table::{self, Place, TableCache, TableState};
 use crate::tlb::PendingFlush;
-use crate::vcpu::VcpuCore;
+use crate::vcpu::Context;
 use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Pfn, Spte};
 use tdp_rcu::sync::Backoff;
 
@@ -46,12 +46,12 @@ enum Next {
     Done(Outcome),
 }
 
-impl<F: Format, H: Host> VcpuCore<F, H> {
+impl<F: Format, H: Host> Context<F, H> {
     #[cold]
     #[inline(never)]
-    pub(crate) fn install(&mut self, request: Request) -> Outcome {
-        let outcome = self.walk(request.gfn, |core, entry, level, old| {
-            core.install_step(request, entry, level, old)
+    pub(crate) fn install(&self, cache: &mut TableCache, request: Request) -> Outcome {
+        let outcome = self.walk(request.gfn, |entry, level, old| {
+            self.install_step(cache, request, entry, level, old)
         });
         match outcome {
             Outcome::Fixed { .. } => self.shard.add(Stat::Fixed, 1),
@@ -62,13 +62,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     }
 
     /// Walks from the root and lets `step` decide at each entry, for a bounded number of steps.
-    fn walk(
-        &mut self,
-        gfn: Gfn,
-        mut step: impl FnMut(&mut Self, EntryRef<'_>, Level, Spte) -> Next,
-    ) -> Outcome {
-        let shared = self.shared.clone();
-        let root = self.root.clone();
+    fn walk(&self, gfn: Gfn, mut step: impl FnMut(EntryRef<'_>, Level, Spte) -> Next) -> Outcome {
+        let root = &*self.root;
         let mut page = root.page();
         let mut level = root.level;
         let mut restarts = 0;
@@ -88,7 +83,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 }
                 Next::Again
             } else {
-                step(self, entry, level, old)
+                step(entry, level, old)
             };
             match next {
                 Next::Done(outcome) => return outcome,
@@ -99,7 +94,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                     level = root.level;
                 }
                 Next::Descend(pfn) => {
-                    page = table::page(shared.host.frames(), pfn);
+                    page = table::page(self.shared.host.frames(), pfn);
                     level = level.below_or_leaf();
                 }
             }
@@ -108,7 +103,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     }
 
     fn install_step(
-        &mut self,
+        &self,
+        cache: &mut TableCache,
         request: Request,
         entry: EntryRef<'_>,
         level: Level,
@@ -121,9 +117,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let is_table = !is_leaf && F::is_mmu_present(old);
         if level > request.goal {
             return match (is_leaf, is_table) {
-                (true, _) => self.split(entry, level, old, request.gfn),
+                (true, _) => self.split(cache, entry, level, old, request.gfn),
                 (_, true) => Next::Descend(F::pfn(old)),
-                _ => self.link(entry, level, old, request.gfn),
+                _ => self.link(cache, entry, level, old, request.gfn),
             };
         }
         if is_leaf {
@@ -140,8 +136,15 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     }
 
     /// Links an empty table.
-    fn link(&mut self, entry: EntryRef<'_>, level: Level, old: Spte, gfn: Gfn) -> Next {
-        let (Some(below), Some(pfn)) = (level.below(), self.cache.pop()) else {
+    fn link(
+        &self,
+        cache: &mut TableCache,
+        entry: EntryRef<'_>,
+        level: Level,
+        old: Spte,
+        gfn: Gfn,
+    ) -> Next {
+        let (Some(below), Some(pfn)) = (level.below(), cache.pop()) else {
             return Next::Done(self.retry(RetryReason::Raced));
         };
         self.shared.meta.link(
@@ -156,15 +159,22 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             Ok(()) => Next::Descend(pfn),
             Err(_) => {
                 self.shared.meta.set_state(pfn, TableState::Spare);
-                self.cache.push(pfn);
+                cache.push(pfn);
                 Next::Again
             }
         }
     }
 
     /// Replaces a large leaf by a table of leaves that translate alike.
-    fn split(&mut self, entry: EntryRef<'_>, level: Level, old: Spte, gfn: Gfn) -> Next {
-        let (Some(below), Some(pfn)) = (level.below(), self.cache.pop()) else {
+    fn split(
+        &self,
+        cache: &mut TableCache,
+        entry: EntryRef<'_>,
+        level: Level,
+        old: Spte,
+        gfn: Gfn,
+    ) -> Next {
+        let (Some(below), Some(pfn)) = (level.below(), cache.pop()) else {
             return Next::Done(self.retry(RetryReason::Raced));
         };
         let page = table::page(self.shared.host.frames(), pfn);
@@ -187,19 +197,18 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             Err(_) => {
                 page.fill(|_| F::EMPTY);
                 self.shared.meta.set_state(pfn, TableState::Spare);
-                self.cache.push(pfn);
+                cache.push(pfn);
                 Next::Again
             }
         }
     }
 
     /// Widens the permissions of a leaf, or takes it away if it maps another page.
-    fn upgrade(&mut self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
+    fn upgrade(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         if F::leaf_pfn(old, level) != request.pfn {
             // The backing changed without an invalidation: break before make.
             if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
-                let shared = self.shared.clone();
-                let mut pending = PendingFlush::new(&shared);
+                let mut pending = PendingFlush::new(&self.shared);
                 pending.note(self.as_id, level.range(request.gfn), false);
                 pending.flush();
             }
@@ -226,7 +235,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     }
 
     /// Replaces a table by one large leaf.
-    fn collapse(&mut self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
+    fn collapse(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         let leaf = F::leaf(request.pfn, level, request.attrs);
         if entry::exchange::<F>(entry, level, old, leaf, &*self.shard).is_err() {
             return Next::Again;
@@ -234,9 +243,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let Some(below) = level.below() else {
             return Next::Again;
         };
-        let shared = self.shared.clone();
-        let mut pending = PendingFlush::new(&shared);
-        seal_subtree::<F, H>(&shared, F::pfn(old), below, &*self.shard, &mut pending);
+        let mut pending = PendingFlush::new(&self.shared);
+        seal_subtree::<F, H>(&self.shared, F::pfn(old), below, &*self.shard, &mut pending);
         pending.note(self.as_id, level.range(request.gfn), true);
         pending.flush();
         self.shard.add(Stat::Collapses, 1);
@@ -245,7 +253,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 
     /// Remembers that there is no memory at the fault's frame, so that the next access exits at once.
     #[cold]
-    pub(crate) fn mmio(&mut self, fault: Fault) -> Outcome {
+    pub(crate) fn mmio(&self, cache: &mut TableCache, fault: Fault) -> Outcome {
         let gfn = fault.gpa.gfn();
         let mmio = Outcome::Mmio {
             gpa: fault.gpa,
@@ -261,20 +269,20 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             self.shard.add(Stat::Mmio, 1);
             return mmio;
         };
-        let outcome = self.walk(gfn, |core, entry, level, old| {
+        let outcome = self.walk(gfn, |entry, level, old| {
             if old == spte {
                 return Next::Done(mmio);
             }
             if F::is_leaf(old, level) {
-                return Next::Done(core.retry(RetryReason::SlotChanging));
+                return Next::Done(self.retry(RetryReason::SlotChanging));
             }
             if F::is_mmu_present(old) {
                 return Next::Descend(F::pfn(old));
             }
             if level > Level::L1 {
-                return core.link(entry, level, old, gfn);
+                return self.link(cache, entry, level, old, gfn);
             }
-            match entry::exchange::<F>(entry, level, old, spte, &*core.shard) {
+            match entry::exchange::<F>(entry, level, old, spte, &*self.shard) {
                 Ok(()) => Next::Done(mmio),
                 Err(_) => Next::Again,
             }

@@ -17,7 +17,7 @@ use crate::tlb::{Flushed, PendingFlush};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange};
-use tdp_rcu::sync::{AtomicPtr, AtomicU64, Mutex, Ordering};
+use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, Ordering};
 
 /// Ranges under invalidation.
 pub(crate) struct Ranges(Vec<(u64, AddressSpaceId, GfnRange)>);
@@ -28,7 +28,7 @@ pub(crate) struct Invalidations {
     published: AtomicPtr<Ranges>,
     /// Invalidations ended so far. 64 bits: it never comes round.
     ended: AtomicU64,
-    writer: Mutex<Writer>,
+    writer: CachePadded<Mutex<Writer>>,
 }
 
 #[derive(Default)]
@@ -42,7 +42,7 @@ impl Invalidations {
         Self {
             published: AtomicPtr::new(core::ptr::null_mut()),
             ended: AtomicU64::new(0),
-            writer: Mutex::new(Writer::default()),
+            writer: CachePadded::new(Mutex::new(Writer::default())),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The MMU: what an embedder makes once per VM and calls from every thread.
 
-use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames};
+use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
@@ -14,6 +14,7 @@ use crate::vcpu::Vcpu;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level};
+use tdp_rcu::sync::CachePadded;
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -141,7 +142,7 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 bits: self.physical_bits,
             });
         }
-        let host = Arc::new(self.host);
+        let host: SharedHost<H> = Arc::new(CachePadded::new(self.host));
         let meta = Arc::new(TableMeta::new(host.frames()));
         Ok(Mmu {
             shared: Arc::new(Shared {
@@ -151,11 +152,11 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
                 max_leaf: self.max_leaf,
-                roots: RootSet::new(self.levels, self.ad_bits),
-                domain: Domain::new(DomainConfig {
+                roots: CachePadded::new(RootSet::new(self.levels, self.ad_bits)),
+                domain: CachePadded::new(Domain::new(DomainConfig {
                     bound: self.garbage_bound,
-                }),
-                shards: Shards::default(),
+                })),
+                shards: CachePadded::new(Shards::default()),
                 meta,
                 host,
                 _format: PhantomData,
@@ -172,11 +173,13 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
     pub(crate) max_leaf: Level,
-    pub(crate) roots: RootSet<H>,
-    pub(crate) domain: Domain<Retired<H>>,
-    pub(crate) shards: Shards,
+    /// Written by vCPUs that load a root and by sweeps.
+    pub(crate) roots: CachePadded<RootSet<H>>,
+    /// Written by whoever retires.
+    pub(crate) domain: CachePadded<Domain<Retired<H>>>,
+    pub(crate) shards: CachePadded<Shards>,
     pub(crate) meta: Arc<TableMeta>,
-    pub(crate) host: Arc<H>,
+    pub(crate) host: SharedHost<H>,
     _format: PhantomData<F>,
 }
 

@@ -13,7 +13,7 @@ use core::ops::Range;
 use core::ptr::NonNull;
 use std::vec::Vec;
 use tdp_arch::{PAGE_SIZE, Pfn};
-use tdp_rcu::sync::Mutex;
+use tdp_rcu::sync::{CachePadded, Mutex};
 
 /// How to make a [`MmapPool`].
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +50,7 @@ pub struct MmapPool {
     displacement: usize,
     base: Pfn,
     limit: usize,
-    free: Mutex<FreeList>,
+    free: CachePadded<Mutex<FreeList>>,
 }
 
 #[derive(Debug, Default)]
@@ -121,7 +121,7 @@ impl MmapPool {
             displacement,
             base: config.base,
             limit: config.frames,
-            free: Mutex::new(FreeList::default()),
+            free: CachePadded::new(Mutex::new(FreeList::default())),
         })
     }
 

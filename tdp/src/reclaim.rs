@@ -1,10 +1,9 @@
 //! What waits for a grace period, and how each kind is freed.
 
-use crate::host::{FrameSource, Host};
+use crate::host::{FrameSource, Host, SharedHost};
 use crate::invalidate::Ranges;
 use crate::slots::Snapshot;
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::Pfn;
 
@@ -13,7 +12,7 @@ pub(crate) enum Retired<H: Host> {
     /// Tables, unlinked, sealed and flushed.
     Tables {
         /// Where they go back to.
-        host: Arc<H>,
+        host: SharedHost<H>,
         /// The tables.
         frames: Vec<Pfn>,
     },
@@ -30,7 +29,7 @@ pub(crate) enum Retired<H: Host> {
 }
 
 impl<H: Host> Retired<H> {
-    pub(crate) fn tables(host: Arc<H>, frames: Vec<Pfn>) -> Self {
+    pub(crate) fn tables(host: SharedHost<H>, frames: Vec<Pfn>) -> Self {
         Retired::Tables { host, frames }
     }
 }

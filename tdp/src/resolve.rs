@@ -18,7 +18,7 @@ use crate::install::Request;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::table;
-use crate::vcpu::VcpuCore;
+use crate::vcpu::{Context, VcpuCore};
 use alloc::sync::Arc;
 use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Perms, Pfn};
 use tdp_rcu::Section;
@@ -51,7 +51,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         max_level: Level,
         prefetch: bool,
     ) -> Fast {
-        if self.shared.invalidations.any() {
+        if self.ctx.shared.invalidations.any() {
             return Fast::GaveUp;
         }
         let Some(slot) = self.hinted_slot(section, gfn) else {
@@ -60,7 +60,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !slot.is_plain() {
             return Fast::GaveUp;
         }
-        let Lookup::Mapped(mapping) = self.shared.host.lookup(slot, gfn, access) else {
+        let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup(slot, gfn, access) else {
             return Fast::GaveUp;
         };
         let mut goal = max_level.min(mapping.level);
@@ -81,18 +81,160 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         access: Access,
         prefetch: bool,
     ) -> Fast {
-        if self.root.is_obsolete() | !mapping.perms.contains(access.needs()) {
+        if self.ctx.root.is_obsolete() | !mapping.perms.contains(access.needs()) {
             return Fast::GaveUp;
         }
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
-            self.map_at(gfn, mapping, Level::L1, access, prefetch)
+            self.ctx.map_at(gfn, mapping, Level::L1, access, prefetch)
         } else {
-            let goal = self.aligned(gfn, mapping.pfn, goal);
-            self.map_at(gfn, mapping, goal, access, prefetch)
+            let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
+            self.ctx.map_at(gfn, mapping, goal, access, prefetch)
         }
     }
 
+    /// The slow path of a fault.
+    #[cold]
+    pub(crate) fn resolve(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+    ) -> Resolution<H::Backing> {
+        let gfn = fault.gpa.gfn();
+        if gfn >= self.ctx.root.limit() {
+            return Resolution::Done(self.ctx.memory_fault(fault, MemoryFaultReason::BeyondWidth));
+        }
+        if self.ctx.root.is_obsolete() {
+            return Resolution::Done(self.ctx.retry(RetryReason::RootObsolete));
+        }
+        if self.ctx.shared.invalidations.covers(self.ctx.as_id, gfn) {
+            return Resolution::Done(self.ctx.retry(RetryReason::Invalidation));
+        }
+        let Some(slot) = self.find_slot(section, gfn) else {
+            return Resolution::Done(self.ctx.mmio(&mut self.cache, fault));
+        };
+        if slot.changing {
+            return Resolution::Done(self.ctx.retry(RetryReason::SlotChanging));
+        }
+        let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
+        if let Lookup::Mapped(mapping) = lookup {
+            let (flags, goal) = (
+                slot.flags(),
+                slot.level_at(gfn, fault.max_level.min(mapping.level)),
+            );
+            return Resolution::Done(self.install_backed(fault, flags, goal, mapping));
+        }
+        self.resolve_unmapped(section, fault, lookup)
+    }
+
+    #[cold]
+    fn resolve_unmapped(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+        lookup: Lookup,
+    ) -> Resolution<H::Backing> {
+        match (
+            lookup,
+            self.ctx
+                .shared
+                .slots
+                .find(section, self.ctx.as_id, fault.gpa.gfn()),
+        ) {
+            (Lookup::Blocking, Some(slot)) => {
+                Resolution::Sleep(slot.clone(), self.ctx.shared.invalidations.sequence())
+            }
+            (Lookup::Failed, _) => {
+                Resolution::Done(self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked))
+            }
+            _ => Resolution::Done(self.ctx.retry(RetryReason::Backing)),
+        }
+    }
+
+    /// Goes on inside a new critical section with what a sleeping look-up found.
+    pub(crate) fn resolve_slept(
+        &mut self,
+        section: &Section<'_>,
+        fault: Fault,
+        slept_on: &Arc<Slot<H::Backing>>,
+        sequence: u64,
+        lookup: Lookup,
+    ) -> Outcome {
+        let gfn = fault.gpa.gfn();
+        if self.ctx.root.is_obsolete() {
+            return self.ctx.retry(RetryReason::RootObsolete);
+        }
+        // INV: no-stale-install: an invalidation that is under way is seen by its range, one that has passed by the
+        // sequence; a slot that was replaced is another one.
+        let invalidations = &self.ctx.shared.invalidations;
+        if invalidations.covers(self.ctx.as_id, gfn) || invalidations.sequence() != sequence {
+            return self.ctx.retry(RetryReason::Invalidation);
+        }
+        match self.ctx.shared.slots.find(section, self.ctx.as_id, gfn) {
+            Some(slot) if Arc::ptr_eq(slot, slept_on) => {}
+            _ => return self.ctx.retry(RetryReason::SlotChanging),
+        }
+        match lookup {
+            Lookup::Mapped(mapping) => {
+                let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
+                self.install_backed(fault, slept_on.flags(), goal, mapping)
+            }
+            Lookup::Failed => self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked),
+            Lookup::Blocking | Lookup::Retry => self.ctx.retry(RetryReason::Backing),
+        }
+    }
+
+    fn install_backed(
+        &mut self,
+        fault: Fault,
+        flags: SlotFlags,
+        goal: Level,
+        mapping: Mapping,
+    ) -> Outcome {
+        let mut perms = mapping.perms;
+        if flags.contains(SlotFlags::READ_ONLY) {
+            if fault.access.is_write() {
+                self.ctx.shard.add(Stat::Mmio, 1);
+                return Outcome::Mmio {
+                    gpa: fault.gpa,
+                    read_only: true,
+                };
+            }
+            perms = perms.difference(Perms::WRITE);
+        }
+        if !perms.contains(fault.access.needs()) {
+            return self
+                .ctx
+                .memory_fault(fault, MemoryFaultReason::NotPermitted);
+        }
+        self.install_mapping(fault, goal, mapping, perms)
+    }
+
+    /// Installs a mapping whose permissions were checked.
+    pub(crate) fn install_mapping(
+        &mut self,
+        fault: Fault,
+        goal: Level,
+        mapping: Mapping,
+        perms: Perms,
+    ) -> Outcome {
+        let gfn = fault.gpa.gfn();
+        let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
+        let attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
+        let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
+        let request = Request {
+            gfn,
+            goal,
+            pfn,
+            attrs,
+            access: fault.access,
+            prefetch: fault.prefetch,
+        };
+        self.ctx.install(&mut self.cache, request)
+    }
+}
+
+impl<F: Format, H: Host> Context<F, H> {
     #[inline(always)]
     fn map_at(
         &self,
@@ -154,140 +296,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             goal = goal.below_or_leaf();
         }
         goal
-    }
-
-    /// The slow path of a fault.
-    #[cold]
-    pub(crate) fn resolve(
-        &mut self,
-        section: &Section<'_>,
-        fault: Fault,
-    ) -> Resolution<H::Backing> {
-        let gfn = fault.gpa.gfn();
-        if gfn >= self.root.limit() {
-            return Resolution::Done(self.memory_fault(fault, MemoryFaultReason::BeyondWidth));
-        }
-        if self.root.is_obsolete() {
-            return Resolution::Done(self.retry(RetryReason::RootObsolete));
-        }
-        if self.shared.invalidations.covers(self.as_id, gfn) {
-            return Resolution::Done(self.retry(RetryReason::Invalidation));
-        }
-        let Some(slot) = self.find_slot(section, gfn) else {
-            return Resolution::Done(self.mmio(fault));
-        };
-        if slot.changing {
-            return Resolution::Done(self.retry(RetryReason::SlotChanging));
-        }
-        let lookup = self.shared.host.lookup(slot, gfn, fault.access);
-        if let Lookup::Mapped(mapping) = lookup {
-            let (flags, goal) = (
-                slot.flags(),
-                slot.level_at(gfn, fault.max_level.min(mapping.level)),
-            );
-            return Resolution::Done(self.install_backed(fault, flags, goal, mapping));
-        }
-        self.resolve_unmapped(section, fault, lookup)
-    }
-
-    #[cold]
-    fn resolve_unmapped(
-        &mut self,
-        section: &Section<'_>,
-        fault: Fault,
-        lookup: Lookup,
-    ) -> Resolution<H::Backing> {
-        match (
-            lookup,
-            self.shared.slots.find(section, self.as_id, fault.gpa.gfn()),
-        ) {
-            (Lookup::Blocking, Some(slot)) => {
-                Resolution::Sleep(slot.clone(), self.shared.invalidations.sequence())
-            }
-            (Lookup::Failed, _) => {
-                Resolution::Done(self.memory_fault(fault, MemoryFaultReason::NotBacked))
-            }
-            _ => Resolution::Done(self.retry(RetryReason::Backing)),
-        }
-    }
-
-    /// Goes on inside a new critical section with what a sleeping look-up found.
-    pub(crate) fn resolve_slept(
-        &mut self,
-        section: &Section<'_>,
-        fault: Fault,
-        slept_on: &Arc<Slot<H::Backing>>,
-        sequence: u64,
-        lookup: Lookup,
-    ) -> Outcome {
-        let gfn = fault.gpa.gfn();
-        if self.root.is_obsolete() {
-            return self.retry(RetryReason::RootObsolete);
-        }
-        // INV: no-stale-install: an invalidation that is under way is seen by its range, one that has passed by the
-        // sequence; a slot that was replaced is another one.
-        let invalidations = &self.shared.invalidations;
-        if invalidations.covers(self.as_id, gfn) || invalidations.sequence() != sequence {
-            return self.retry(RetryReason::Invalidation);
-        }
-        match self.shared.slots.find(section, self.as_id, gfn) {
-            Some(slot) if Arc::ptr_eq(slot, slept_on) => {}
-            _ => return self.retry(RetryReason::SlotChanging),
-        }
-        match lookup {
-            Lookup::Mapped(mapping) => {
-                let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
-                self.install_backed(fault, slept_on.flags(), goal, mapping)
-            }
-            Lookup::Failed => self.memory_fault(fault, MemoryFaultReason::NotBacked),
-            Lookup::Blocking | Lookup::Retry => self.retry(RetryReason::Backing),
-        }
-    }
-
-    fn install_backed(
-        &mut self,
-        fault: Fault,
-        flags: SlotFlags,
-        goal: Level,
-        mapping: Mapping,
-    ) -> Outcome {
-        let mut perms = mapping.perms;
-        if flags.contains(SlotFlags::READ_ONLY) {
-            if fault.access.is_write() {
-                self.shard.add(Stat::Mmio, 1);
-                return Outcome::Mmio {
-                    gpa: fault.gpa,
-                    read_only: true,
-                };
-            }
-            perms = perms.difference(Perms::WRITE);
-        }
-        if !perms.contains(fault.access.needs()) {
-            return self.memory_fault(fault, MemoryFaultReason::NotPermitted);
-        }
-        self.install_mapping(fault, goal, mapping, perms)
-    }
-
-    /// Installs a mapping whose permissions were checked.
-    pub(crate) fn install_mapping(
-        &mut self,
-        fault: Fault,
-        goal: Level,
-        mapping: Mapping,
-        perms: Perms,
-    ) -> Outcome {
-        let gfn = fault.gpa.gfn();
-        let goal = self.aligned(gfn, mapping.pfn, goal);
-        let attrs = self.leaf_attrs(mapping, perms, fault.prefetch);
-        let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
-        self.install(Request {
-            gfn,
-            goal,
-            pfn,
-            attrs,
-            access: fault.access,
-            prefetch: fault.prefetch,
-        })
     }
 
     #[cold]

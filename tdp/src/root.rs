@@ -8,16 +8,17 @@
 //! reaches it too.
 
 use crate::entry::TablePage;
-use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames};
+use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::table::{self, Place, TableMeta, TableState};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::{AdBits, Format, Gfn, Hpa, Level, Pfn};
 use tdp_rcu::sync::{AtomicBool, Mutex, Ordering};
 
-/// A root table.
+/// A root table. Aligned, because every fault reads it and every sweep writes the count that lies before it.
+#[repr(align(128))]
 pub(crate) struct Root<H: Host> {
-    host: Arc<H>,
+    host: SharedHost<H>,
     meta: Arc<TableMeta>,
     pub(crate) pfn: Pfn,
     pub(crate) level: Level,
@@ -90,7 +91,7 @@ impl<H: Host> RootSet<H> {
     /// The current root of an address space, made if there is none. The flag tells whether it was made.
     pub(crate) fn load<F: Format>(
         &self,
-        host: &Arc<H>,
+        host: &SharedHost<H>,
         meta: &Arc<TableMeta>,
         as_id: AddressSpaceId,
     ) -> Result<(Arc<Root<H>>, bool), OutOfFrames> {

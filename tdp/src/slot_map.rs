@@ -11,7 +11,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange};
-use tdp_rcu::sync::{AtomicPtr, AtomicU64, Mutex, Ordering};
+use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, Ordering};
 use tdp_rcu::{Section, Visit};
 
 /// The map as readers find it.
@@ -21,7 +21,7 @@ pub(crate) struct SlotMap<B> {
     /// A boxed snapshot, never null.
     current: AtomicPtr<Snapshot<B>>,
     /// Held by the one writer.
-    pub(crate) writer: Mutex<()>,
+    pub(crate) writer: CachePadded<Mutex<()>>,
 }
 
 #[allow(unsafe_code)]
@@ -31,7 +31,7 @@ impl<B: Clone> SlotMap<B> {
         Self {
             version: AtomicU64::new(0),
             current: AtomicPtr::new(Box::into_raw(Box::new(Snapshot::empty()))),
-            writer: Mutex::new(()),
+            writer: CachePadded::new(Mutex::new(())),
         }
     }
 

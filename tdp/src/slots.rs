@@ -33,7 +33,9 @@ bitflags::bitflags! {
 pub struct SlotId(pub u32);
 
 /// A range of guest frames with one backing.
+// Aligned, because every fault reads it and whoever copies the map writes the count that lies before it.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 pub struct Slot<B> {
     gfns: GfnRange,
     /// Frames in `gfns`.

@@ -25,6 +25,9 @@ const TOP_UP: usize = 16;
 const RECLAIM_ROUNDS: usize = 64;
 
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
+///
+/// Aligned to two cache lines, so that neither of two vCPUs side by side in memory slows the other.
+#[repr(align(128))]
 pub struct Vcpu<F: Format, H: Host> {
     reader: Reader,
     core: VcpuCore<F, H>,
@@ -32,12 +35,17 @@ pub struct Vcpu<F: Format, H: Host> {
 
 /// The part of a vCPU that works inside a critical section.
 pub(crate) struct VcpuCore<F: Format, H: Host> {
+    pub(crate) ctx: Context<F, H>,
+    hint: SlotHint<H::Backing>,
+    pub(crate) cache: TableCache,
+}
+
+/// What a fault reads and does not change: where it works, and for whom.
+pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) root: Arc<Root<H>>,
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
-    hint: SlotHint<H::Backing>,
-    pub(crate) cache: TableCache,
 }
 
 /// The slot that was used last, and the version of the slot map under which it was found.
@@ -68,10 +76,12 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         let shard = shared.shards.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
-            root,
-            shared,
-            shard,
-            as_id,
+            ctx: Context {
+                root,
+                shared,
+                shard,
+                as_id,
+            },
             hint: SlotHint::none(),
             cache: TableCache::new(),
         };
@@ -125,6 +135,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     fn sleep(&mut self, fault: Fault, slot: &Arc<Slot<H::Backing>>, sequence: u64) -> Outcome {
         let lookup = self
             .core
+            .ctx
             .shared
             .host
             .lookup_blocking(slot, fault.gpa.gfn(), fault.access);
@@ -185,7 +196,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
 
     /// The address space that this vCPU runs in.
     pub fn address_space(&self) -> AddressSpaceId {
-        self.core.as_id
+        self.core.ctx.as_id
     }
 
     /// Runs this vCPU in another address space from its next root on, which is loaded now.
@@ -194,9 +205,9 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// [`MmuError`] if there is no such space or no frame for its root; the vCPU stays where it was.
     pub fn set_address_space(&mut self, as_id: AddressSpaceId) -> Result<LoadedRoot, MmuError> {
-        let root = self.core.shared.load_root(as_id)?;
-        self.core.as_id = as_id;
-        self.core.root = root;
+        let root = self.core.ctx.shared.load_root(as_id)?;
+        self.core.ctx.as_id = as_id;
+        self.core.ctx.root = root;
         self.core.hint = SlotHint::none();
         Ok(self.core.loaded())
     }
@@ -208,8 +219,8 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// [`MmuError`] if a new root is needed and there is no frame for it.
     pub fn load_root(&mut self) -> Result<LoadedRoot, MmuError> {
-        if self.core.root.is_obsolete() {
-            self.core.root = self.core.shared.load_root(self.core.as_id)?;
+        if self.core.ctx.root.is_obsolete() {
+            self.core.ctx.root = self.core.ctx.shared.load_root(self.core.ctx.as_id)?;
         }
         Ok(self.core.loaded())
     }
@@ -220,17 +231,17 @@ impl<F: Format, H: Host> Drop for Vcpu<F, H> {
         let core = &mut self.core;
         let spare = core.cache.drain();
         for &pfn in spare {
-            core.shared.meta.set_state(pfn, TableState::Free);
+            core.ctx.shared.meta.set_state(pfn, TableState::Free);
         }
-        core.shared.host.frames().free(spare);
-        core.shared.shards.retire(&core.shard);
+        core.ctx.shared.host.frames().free(spare);
+        core.ctx.shared.shards.retire(&core.ctx.shard);
     }
 }
 
 impl<F: Format, H: Host> core::fmt::Debug for Vcpu<F, H> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Vcpu")
-            .field("as_id", &self.core.as_id)
+            .field("as_id", &self.core.ctx.as_id)
             .field("spare_tables", &self.core.cache.len())
             .finish()
     }
@@ -274,7 +285,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         self.core.top_up(false)?;
         match self.core.resolve(&self.section, fault) {
             Resolution::Done(outcome) => Ok(outcome),
-            Resolution::Sleep(..) => Ok(self.core.retry(RetryReason::Backing)),
+            Resolution::Sleep(..) => Ok(self.core.ctx.retry(RetryReason::Backing)),
         }
     }
 
@@ -314,7 +325,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
 impl<F: Format, H: Host> VcpuCore<F, H> {
     #[inline(always)]
     fn map_checked(&mut self, gfn: Gfn, mapping: Mapping, access: Access) -> Fast {
-        if gfn >= self.root.limit() {
+        if gfn >= self.ctx.root.limit() {
             return Fast::GaveUp;
         }
         self.map_fast(gfn, mapping, mapping.level, access, false)
@@ -328,29 +339,31 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         access: Access,
     ) -> Outcome {
         let fault = Fault::new(gfn.address(), access);
-        if gfn >= self.root.limit() {
-            return self.memory_fault(fault, MemoryFaultReason::BeyondWidth);
+        if gfn >= self.ctx.root.limit() {
+            return self.ctx.memory_fault(fault, MemoryFaultReason::BeyondWidth);
         }
         if !mapping.perms.contains(access.needs()) {
-            return self.memory_fault(fault, MemoryFaultReason::NotPermitted);
+            return self
+                .ctx
+                .memory_fault(fault, MemoryFaultReason::NotPermitted);
         }
-        if self.root.is_obsolete() {
-            return self.retry(RetryReason::RootObsolete);
+        if self.ctx.root.is_obsolete() {
+            return self.ctx.retry(RetryReason::RootObsolete);
         }
         self.install_mapping(fault, mapping.level, mapping, mapping.perms)
     }
 
-    /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation forward (INV: bounded-garbage), and waits for grace
-    /// periods if this vCPU is not inside a section that would hold them up.
+    /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation
+    /// forward (INV: bounded-garbage), and waits for grace periods if this vCPU is not inside a section that would hold
+    /// them up.
     fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
-        let shared = self.shared.clone();
         let mut reclaimed = !outside;
         while self.cache.len() < TABLES_PER_FAULT {
-            match self.allocate(&shared) {
+            match self.allocate() {
                 Ok(()) => {}
                 Err(error) if reclaimed => return Err(error.into()),
                 Err(_) => {
-                    shared.domain.drain(RECLAIM_ROUNDS);
+                    self.ctx.shared.domain.drain(RECLAIM_ROUNDS);
                     reclaimed = true;
                 }
             }
@@ -358,7 +371,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         Ok(())
     }
 
-    fn allocate(&mut self, shared: &Shared<F, H>) -> Result<(), OutOfFrames> {
+    fn allocate(&mut self) -> Result<(), OutOfFrames> {
+        let shared = &*self.ctx.shared;
         let frames = shared.host.frames();
         let count = frames.allocate(self.cache.room(TOP_UP))?;
         for &pfn in self.cache.grown(count) {
@@ -376,7 +390,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         _section: &'s Section<'_>,
         gfn: Gfn,
     ) -> Option<&'s Slot<H::Backing>> {
-        if self.hint.version != self.shared.slots.version() {
+        if self.hint.version != self.ctx.shared.slots.version() {
             return None;
         }
         // UNSAFETY: a pointer kept from an earlier critical section.
@@ -393,8 +407,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         section: &'s Section<'_>,
         gfn: Gfn,
     ) -> Option<&'s Slot<H::Backing>> {
-        let snapshot = self.shared.slots.snapshot(section);
-        let slot = snapshot.find(self.as_id, gfn)?;
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        let slot = snapshot.find(self.ctx.as_id, gfn)?;
         self.hint = SlotHint {
             version: snapshot.generation,
             slot: Arc::as_ptr(slot),
@@ -403,7 +417,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     }
 
     fn loaded(&self) -> LoadedRoot {
-        let root = &self.root;
+        let root = &self.ctx.root;
         LoadedRoot {
             hpa: root.pfn.address(),
             level: root.level,

@@ -236,12 +236,10 @@ impl Rules for EptWalker {
         if entry & self.present == 0 {
             return Err(Cause::NotPresent { entry });
         }
-        // 29.3.3.1, in its order: writable or executable but not readable, then reserved bits.
-        if entry & READ == 0 {
-            let executable = entry & self.present & (EXEC | USER_EXEC) != 0;
-            if entry & WRITE != 0 || executable && !self.config.execute_only {
-                return Err(Cause::Malformed);
-            }
+        // 29.3.3.1: writable but not readable; executable (a present entry that is neither readable nor writable must
+        // be, in one mode or the other) but not readable where that is not supported; reserved bits.
+        if entry & READ == 0 && (entry & WRITE != 0 || !self.config.execute_only) {
+            return Err(Cause::Malformed);
         }
         if entry & self.reserved(level, entry) != 0 {
             return Err(Cause::Malformed);

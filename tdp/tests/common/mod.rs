@@ -4,7 +4,8 @@
 //! * `host`: a host whose answers a test writes, over a frame pool that the test can still see when the MMU is gone;
 //! * `rig`: an MMU on such a host, and the guard that no frame of it leaks;
 //! * `flat`: what the tables must hold, kept as plain maps;
-//! * `ops`, `run`: operations on an MMU as data, and the interpreter that runs them against the flat model.
+//! * `ops`, `run`: operations on an MMU as data, and the interpreter that runs them against the flat model; it predicts
+//!   what each operation comes to and compares everything after each.
 #![allow(dead_code, reason = "each user takes a part of it")]
 
 pub(crate) mod flat;

@@ -22,8 +22,8 @@ impl Place {
             1 => (1 << 18) - 1024 + index,
             // Two to each side of a 512 GiB border.
             2 => (1 << 27) - 1024 + index,
-            // The last two, and as many past the end.
-            _ => limit - 1024 + index,
+            // The last two, and as many past the end: of what the tables can map, or of what a processor can address.
+            _ => limit.min(1 << 40) - 1024 + index,
         })
     }
 }

@@ -3,7 +3,7 @@
 use super::host::{SharedPool, TestHost};
 use super::processor::{Processor, ProcessorSetup, Report, guest_access, perms};
 use tdp::{
-    Access, AdBits, Fault, FrameSource, Gfn, Gpa, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
+    Access, AdBits, Fault, Gfn, Gpa, Host, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
     Outcome, Perms, Pfn, PoolConfig, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
@@ -99,6 +99,10 @@ impl<F: Processor> Rig<F> {
         self.mmu.host()
     }
 
+    pub(crate) fn frames(&self) -> &SharedPool {
+        self.host().frames()
+    }
+
     pub(crate) fn vcpu(&self) -> Vcpu<F, TestHost> {
         self.mmu.vcpu().expect("a frame for the root")
     }
@@ -110,7 +114,7 @@ impl<F: Processor> Rig<F> {
 
     /// What the processor finds at `gpa` under `root`, leaving no trace.
     pub(crate) fn walk(&self, root: LoadedRoot, gpa: Gpa, access: Access) -> Result<Found, Report> {
-        let memory = ReadOnly(TableMemory::new(self.host().frames_of()));
+        let memory = ReadOnly(TableMemory::new(self.frames()));
         let found = F::walker(self.setup).walk(&memory, root.hpa, gpa, guest_access(access));
         match found {
             Ok(found) => Ok(Found {
@@ -168,12 +172,6 @@ impl<F: Processor> Rig<F> {
     }
 }
 
-impl TestHost {
-    fn frames_of(&self) -> &SharedPool {
-        tdp::Host::frames(self)
-    }
-}
-
 /// Every kind of access.
 pub(crate) const ACCESSES: [Access; 4] = [
     Access::Read,
@@ -217,7 +215,7 @@ impl<F: Processor> Cpu<F> {
             software: SoftwareVcpu::new(F::walker(rig.setup), root.hpa),
             tlb: rig.host().tlb().vcpu(),
             root,
-            frames: rig.host().frames_of().clone(),
+            frames: rig.frames().clone(),
         }
     }
 
