@@ -134,7 +134,9 @@ impl Story {
             }
             &Event::SetSpte { gfn, level, spte } => self.check_made(t, gfn, level, spte),
             Event::FastFault(fast) => self.fast_fault(t, fast),
-            &Event::Root(level) => self.root(level),
+            // Below a root of level 5, a table of level 4 is no root.
+            &Event::Root(level) if level > self.root_level => self.root(level),
+            Event::Root(_) => {}
             Event::ZapAllFast => {
                 self.close(t, End::Went);
                 self.zap_all(t);
@@ -188,11 +190,9 @@ impl Story {
     }
 
     fn root(&mut self, level: u8) {
-        if self.root_level != level {
-            self.root_level = level;
-            self.expected.set_root_level(level);
-            self.steps.push(Step::Root(level));
-        }
+        self.root_level = level;
+        self.expected.set_root_level(level);
+        self.steps.push(Step::Root(level));
     }
 
     fn space_of(&self, vcpu: Option<u32>) -> u8 {
