@@ -129,6 +129,9 @@ fn a_range_drops_what_overlaps_and_nothing_else() {
             (first - size, first, false),
             (first + size, first + 2 * size, false),
             (first, first, false),
+            (first + 8, first + 8, false),
+            (first + 16, first + 8, false),
+            (0, 0, false),
             (first + size, first, false),
         ];
         for (start, end, dropped) in cases {
@@ -290,6 +293,35 @@ fn permissions_are_upgraded_but_not_downgraded_by_a_walk() {
         (hits, misses, upgrades, walks, short_walks, faults, flushes),
         (2, 1, 1, 2, 1, 0, 0)
     );
+}
+
+/// What did not allow the access is gone, even if what allows it has another size.
+#[test]
+fn an_insufficient_entry_is_dropped() {
+    for page in [PS | WB | 7, PS | WB | D | 7] {
+        let (memory, mut vcpu) = (memory_with(GPA, &[7, 7, 7, PAGE | WB | 1]), ept());
+        assert_eq!(reached(&mut vcpu, &memory, GPA), Some(PAGE | 0xabc));
+        // Through the remembered table of level 1 the page is still read-only: a fault, which forgets that table.
+        put(&memory, Level::L2, GPA, page);
+        assert!(write(&mut vcpu, &memory).is_err());
+        assert_eq!(reached(&mut vcpu, &memory, GPA), Some(0x18_9abc));
+
+        // The same with a page of 4 KiB that is cached while the tables already hold a larger one.
+        let (memory, mut vcpu) = (memory_with(GPA, &[7, 7, 7, PAGE | WB | 1]), ept());
+        assert!(read(&mut vcpu, &memory, GPA).is_ok());
+        put(&memory, Level::L1, NEXT, 0);
+        assert!(
+            read(&mut vcpu, &memory, NEXT).is_err(),
+            "forgets the table, not the page"
+        );
+        put(&memory, Level::L2, GPA, page);
+        assert_eq!(reached(&mut vcpu, &memory, GPA), Some(PAGE | 0xabc));
+        assert_eq!(
+            write(&mut vcpu, &memory).expect("upgraded").level,
+            Level::L2
+        );
+        assert_eq!(reached(&mut vcpu, &memory, GPA), Some(0x18_9abc));
+    }
 }
 
 /// A write to a page cached with its dirty flag clear walks and sets it; later writes do not look at the entry, so
@@ -454,15 +486,32 @@ fn roots_are_told_apart() {
     );
 
     // A flush in one root is a flush in all.
-    let mut flushed = vcpu.clone();
-    flushed.set_root(second);
-    flushed.flush_all();
-    flushed.set_root(ROOT);
-    assert_eq!(reached(&mut flushed, &memory, GPA), None);
+    let flushes: [fn(&mut Vcpu<EptWalker>); 2] = [
+        |vcpu| vcpu.flush_all(),
+        |vcpu| vcpu.flush_gpa_range(GPA, NEXT),
+    ];
+    for flush in flushes {
+        for first in [ROOT, second] {
+            let memory = mapped();
+            let mut vcpu = Vcpu::new(*ept().walker(), first);
+            vcpu.set_root(ROOT);
+            assert!(read(&mut vcpu, &memory, GPA).is_ok());
+            put(&memory, Level::L1, GPA, 0);
+            vcpu.set_root(second);
+            flush(&mut vcpu);
+            vcpu.set_root(ROOT);
+            assert_eq!(reached(&mut vcpu, &memory, GPA), None);
+        }
+    }
 
     // The oldest root gives way to a new one, with all that was cached for it.
     for n in 1..ROOTS as u64 {
         vcpu.set_root(Hpa(0x30_0000 + n * 0x1000));
+        assert_eq!(
+            reached(&mut vcpu, &memory, GPA),
+            None,
+            "not cached for that root"
+        );
         vcpu.set_root(ROOT);
         let kept = reached(&mut vcpu, &memory, GPA).is_some();
         assert_eq!(kept, n + 1 < ROOTS as u64, "after {n} more roots");

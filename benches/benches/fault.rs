@@ -5,8 +5,8 @@
 use criterion::{Bencher, Criterion, Throughput, criterion_group, criterion_main};
 use std::time::Duration;
 use tdp::{
-    Access, AddressSpaceId, Ept, Fault, Format, Gfn, GfnRange, Level, LinearBacking, Mapping, MmapPool, Mmu, Npt, Perms,
-    Pfn, PoolConfig, Slot, SoftwareHost, Vcpu,
+    Access, AddressSpaceId, Ept, Fault, Format, Gfn, GfnRange, Level, LinearBacking, Mapping,
+    MmapPool, Mmu, Npt, Perms, Pfn, PoolConfig, Slot, SoftwareHost, Vcpu,
 };
 
 /// Guest memory: two leaf tables' worth of small pages.
@@ -21,10 +21,19 @@ struct Guest<F: Format> {
 
 impl<F: Format> Guest<F> {
     fn new() -> Self {
-        let pool = MmapPool::new(PoolConfig { frames: 256, base: Pfn(1 << 20), huge_pages: false }).expect("a pool");
+        let pool = MmapPool::new(PoolConfig {
+            frames: 256,
+            base: Pfn(1 << 20),
+            huge_pages: false,
+        })
+        .expect("a pool");
         pool.populate();
-        let mmu = Mmu::builder(SoftwareHost::new(pool)).build().expect("an MMU");
-        mmu.slots().insert(Slot::new(range(), LinearBacking::new(HOST, Level::L1))).expect("a slot");
+        let mmu = Mmu::builder(SoftwareHost::new(pool))
+            .build()
+            .expect("an MMU");
+        mmu.slots()
+            .insert(Slot::new(range(), LinearBacking::new(HOST, Level::L1)))
+            .expect("a slot");
         let vcpu = mmu.vcpu().expect("a vCPU");
         let mut guest = Self { mmu, vcpu };
         guest.fault();
@@ -33,21 +42,27 @@ impl<F: Format> Guest<F> {
 
     fn fault(&mut self) {
         for gfn in 0..PAGES {
-            self.vcpu.fault(Fault::write(Gfn(gfn).address())).expect("resolved");
+            self.vcpu
+                .fault(Fault::write(Gfn(gfn).address()))
+                .expect("resolved");
         }
     }
 
     fn map(&mut self) {
         for gfn in 0..PAGES {
             let mapping = Mapping::memory(Pfn(HOST.0 + gfn), Level::L1, Perms::RWX);
-            self.vcpu.map(Gfn(gfn), mapping, Access::Write).expect("mapped");
+            self.vcpu
+                .map(Gfn(gfn), mapping, Access::Write)
+                .expect("mapped");
         }
     }
 
     fn batch(&mut self) {
         let mut batch = self.vcpu.batch().expect("a batch");
         for gfn in 0..PAGES {
-            batch.fault(Fault::write(Gfn(gfn).address())).expect("resolved");
+            batch
+                .fault(Fault::write(Gfn(gfn).address()))
+                .expect("resolved");
         }
     }
 
@@ -62,19 +77,32 @@ impl<F: Format> Guest<F> {
 }
 
 fn range() -> GfnRange {
-    GfnRange { start: Gfn(0), end: Gfn(PAGES) }
+    GfnRange {
+        start: Gfn(0),
+        end: Gfn(PAGES),
+    }
 }
 
 fn format<F: Format>(c: &mut Criterion) {
     let mut group = c.benchmark_group(F::NAME);
     group.throughput(Throughput::Elements(PAGES));
     let mut guest = Guest::<F>::new();
-    group.bench_function("map, tables warm", |b| timed(b, &mut guest, Guest::zap_leaves, Guest::map));
-    group.bench_function("fault, tables warm", |b| timed(b, &mut guest, Guest::zap_leaves, Guest::fault));
-    group.bench_function("fault in a batch, tables warm", |b| timed(b, &mut guest, Guest::zap_leaves, Guest::batch));
-    group.bench_function("fault, no tables", |b| timed(b, &mut guest, Guest::zap, Guest::fault));
+    group.bench_function("map, tables warm", |b| {
+        timed(b, &mut guest, Guest::zap_leaves, Guest::map)
+    });
+    group.bench_function("fault, tables warm", |b| {
+        timed(b, &mut guest, Guest::zap_leaves, Guest::fault)
+    });
+    group.bench_function("fault in a batch, tables warm", |b| {
+        timed(b, &mut guest, Guest::zap_leaves, Guest::batch)
+    });
+    group.bench_function("fault, no tables", |b| {
+        timed(b, &mut guest, Guest::zap, Guest::fault)
+    });
     group.bench_function("spurious fault", |b| b.iter(|| guest.fault()));
-    group.bench_function("zap leaves", |b| timed(b, &mut guest, Guest::fault, Guest::zap_leaves));
+    group.bench_function("zap leaves", |b| {
+        timed(b, &mut guest, Guest::fault, Guest::zap_leaves)
+    });
     group.finish();
 }
 

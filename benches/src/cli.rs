@@ -54,10 +54,17 @@ pub fn main() -> ExitCode {
 
 /// Runs the command line `args`, the program's name included.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let parsed = Cli::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = Cli::command()
+        .try_get_matches_from(args)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+            ) =>
+        {
             // A reader that went away is not an error.
             let _ = error.print();
             return ExitCode::SUCCESS;
@@ -73,7 +80,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn fail(error: &Error) -> ExitCode {
     // Nowhere left to complain to if standard error is gone.
-    let _ = writeln!(io::stderr(), "error: {}", error.to_string().replace('\n', " "));
+    let _ = writeln!(
+        io::stderr(),
+        "error: {}",
+        error.to_string().replace('\n', " ")
+    );
     error.exit_code()
 }
 

@@ -6,11 +6,13 @@ use crate::report::Error;
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 use tdp::{
-    Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot, Lookup,
-    Mapping, MmapPool, Mmu, Outcome, Perms, PoolConfig, Slot, SoftwareHost, TableMemory, Vcpu,
+    Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot,
+    Lookup, Mapping, MmapPool, Mmu, Outcome, Perms, PoolConfig, Slot, SoftwareHost, TableMemory,
+    Vcpu,
 };
 use tdp_arch::walker::{
-    ConfigError, EptConfig, EptWalker, GuestAccess, NptConfig, NptWalker, Permissions, ReadOnly, Walker,
+    ConfigError, EptConfig, EptWalker, GuestAccess, NptConfig, NptWalker, Permissions, ReadOnly,
+    Walker,
 };
 use tdp_arch::{Ept, Format, Gfn, Level, Npt, PAGE_SIZE, Pfn};
 
@@ -38,7 +40,11 @@ impl Walked for Ept {
     type Walker = EptWalker;
 
     fn walker(root: Level) -> Result<EptWalker, ConfigError> {
-        EptWalker::new(EptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..EptConfig::default() })
+        EptWalker::new(EptConfig {
+            root_level: root,
+            physical_bits: PHYSICAL_BITS,
+            ..EptConfig::default()
+        })
     }
 }
 
@@ -46,7 +52,11 @@ impl Walked for Npt {
     type Walker = NptWalker;
 
     fn walker(root: Level) -> Result<NptWalker, ConfigError> {
-        NptWalker::new(NptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..NptConfig::default() })
+        NptWalker::new(NptConfig {
+            root_level: root,
+            physical_bits: PHYSICAL_BITS,
+            ..NptConfig::default()
+        })
     }
 }
 
@@ -103,7 +113,11 @@ pub trait Operation: Sync {
     /// # Errors
     ///
     /// As the library's.
-    fn perform<F: Format>(vcpu: &mut Vcpu<F, BenchHost>, gfn: Gfn, setup: &OurSetup) -> Result<Outcome, FaultError>;
+    fn perform<F: Format>(
+        vcpu: &mut Vcpu<F, BenchHost>,
+        gfn: Gfn,
+        setup: &OurSetup,
+    ) -> Result<Outcome, FaultError>;
 }
 
 /// [`Vcpu::fault`].
@@ -112,7 +126,11 @@ pub struct WholeFault;
 
 impl Operation for WholeFault {
     #[inline(always)]
-    fn perform<F: Format>(vcpu: &mut Vcpu<F, BenchHost>, gfn: Gfn, _setup: &OurSetup) -> Result<Outcome, FaultError> {
+    fn perform<F: Format>(
+        vcpu: &mut Vcpu<F, BenchHost>,
+        gfn: Gfn,
+        _setup: &OurSetup,
+    ) -> Result<Outcome, FaultError> {
         vcpu.fault(Fault::write(gfn.address()))
     }
 }
@@ -123,9 +141,17 @@ pub struct BareMap;
 
 impl Operation for BareMap {
     #[inline(always)]
-    fn perform<F: Format>(vcpu: &mut Vcpu<F, BenchHost>, gfn: Gfn, setup: &OurSetup) -> Result<Outcome, FaultError> {
+    fn perform<F: Format>(
+        vcpu: &mut Vcpu<F, BenchHost>,
+        gfn: Gfn,
+        setup: &OurSetup,
+    ) -> Result<Outcome, FaultError> {
         let pfn = setup.backing.pfn_of(gfn);
-        vcpu.map(gfn, Mapping::memory(pfn, setup.backing.level, Perms::RWX), Access::Write)
+        vcpu.map(
+            gfn,
+            Mapping::memory(pfn, setup.backing.level, Perms::RWX),
+            Access::Write,
+        )
     }
 }
 
@@ -175,23 +201,40 @@ impl<F: Walked, O: Operation> Ours<F, O> {
     /// What the library refuses, each with its own message.
     pub fn new(setup: OurSetup, tables: Tables) -> Result<Self, Error> {
         let failed = |e: Box<dyn std::error::Error + Send + Sync>| Error::run("tdp", e);
-        let config = PoolConfig { frames: setup.frames, base: POOL_BASE, huge_pages: setup.huge };
+        let config = PoolConfig {
+            frames: setup.frames,
+            base: POOL_BASE,
+            huge_pages: setup.huge,
+        };
         let pool = MmapPool::new(config).map_err(|e| failed(e.into()))?;
         pool.populate();
         let left = Arc::new(OnceLock::new());
-        let host = BenchHost { inner: SoftwareHost::new(pool), left: left.clone() };
+        let host = BenchHost {
+            inner: SoftwareHost::new(pool),
+            left: left.clone(),
+        };
         let mmu = Mmu::<F, _>::builder(host)
             .levels(setup.root)
             .physical_bits(PHYSICAL_BITS)
             .build()
             .map_err(|e| failed(e.into()))?;
         let Backing { gfns, pfn, level } = setup.backing;
-        mmu.slots().insert(Slot::new(gfns, LinearBacking::new(pfn, level))).map_err(|e| failed(e.into()))?;
+        mmu.slots()
+            .insert(Slot::new(gfns, LinearBacking::new(pfn, level)))
+            .map_err(|e| failed(e.into()))?;
         let mut vcpu = mmu.vcpu().map_err(|e| failed(e.into()))?;
         let root = vcpu.load_root().map_err(|e| failed(e.into()))?;
         drop(vcpu);
         let walker = F::walker(setup.root).map_err(|e| failed(e.into()))?;
-        Ok(Self { mmu, setup, tables, root, walker, left, operation: PhantomData })
+        Ok(Self {
+            mmu,
+            setup,
+            tables,
+            root,
+            walker,
+            left,
+            operation: PhantomData,
+        })
     }
 
     /// Its MMU.
@@ -226,7 +269,10 @@ impl<F: Walked, O: Operation> Contender for Ours<F, O> {
     fn reset(&mut self) -> Result<(), Error> {
         let everything = Gfn(0)..self.setup.root.gfn_limit();
         match self.tables {
-            Tables::Warm => self.mmu.zap_leaves(AddressSpaceId::default(), everything).flush(),
+            Tables::Warm => self
+                .mmu
+                .zap_leaves(AddressSpaceId::default(), everything)
+                .flush(),
             Tables::Fresh => self.mmu.zap(AddressSpaceId::default(), everything).flush(),
         };
         self.mmu.synchronize();
@@ -235,10 +281,19 @@ impl<F: Walked, O: Operation> Contender for Ours<F, O> {
 
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
         let memory = ReadOnly(TableMemory::new(self.mmu.host().frames()));
-        let found = self.walker.walk(&memory, self.root.hpa, gfn.address(), GuestAccess::Write).ok()?;
+        let found = self
+            .walker
+            .walk(&memory, self.root.hpa, gfn.address(), GuestAccess::Write)
+            .ok()?;
         // Without mode-based execute control a walk tells one permission to execute, not two.
-        let permitted = found.permissions.contains(Permissions::READ | Permissions::WRITE | Permissions::EXEC);
-        Some(Translation { pfn: found.hpa.pfn(), level: found.level, permitted })
+        let permitted = found
+            .permissions
+            .contains(Permissions::READ | Permissions::WRITE | Permissions::EXEC);
+        Some(Translation {
+            pfn: found.hpa.pfn(),
+            level: found.level,
+            permitted,
+        })
     }
 
     fn leaves(&self) -> Option<u64> {
@@ -263,3 +318,6 @@ impl<F: Walked, O: Operation> Contender for Ours<F, O> {
         left.get().map_or(u64::MAX, |&frames| frames as u64)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -160,7 +160,9 @@ struct StartLine {
 
 impl StartLine {
     fn new(threads: usize) -> Self {
-        Self { missing: AtomicUsize::new(threads) }
+        Self {
+            missing: AtomicUsize::new(threads),
+        }
     }
 
     fn wait(&self) {
@@ -169,7 +171,7 @@ impl StartLine {
         while self.missing.load(Ordering::Acquire) != 0 {
             // With more threads than processors the others need this one's.
             spins += 1;
-            if spins % 1024 == 0 {
+            if spins.is_multiple_of(1024) {
                 std::thread::yield_now();
             } else {
                 std::hint::spin_loop();
@@ -192,7 +194,10 @@ pub fn lap<C: Contender>(
     workers: &mut [Padded<C::Worker>],
     course: &Course,
 ) -> Result<Lap, Error> {
-    assert!(workers.len() >= course.orders.len(), "a worker for every order");
+    assert!(
+        workers.len() >= course.orders.len(),
+        "a worker for every order"
+    );
     let line = StartLine::new(course.orders.len());
     let runs: Vec<Result<Run, Error>> = std::thread::scope(|scope| {
         let threads: Vec<_> = workers
@@ -206,13 +211,19 @@ pub fn lap<C: Contender>(
             .collect();
         threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .map(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
             .collect()
     });
     let runs = runs.into_iter().collect::<Result<Vec<_>, _>>()?;
     let start = runs.iter().map(|run| run.start).min();
     let end = runs.iter().map(|run| run.end).max();
-    let wall = start.zip(end).map_or(Duration::ZERO, |(start, end)| end - start);
+    let wall = start
+        .zip(end)
+        .map_or(Duration::ZERO, |(start, end)| end - start);
     Ok(Lap {
         wall,
         cpu: runs.iter().map(|run| run.cpu).sum(),
@@ -249,7 +260,12 @@ fn run<C: Contender>(
     let cpu = sys::thread_time() - cpu;
     let preemptions = sys::preemptions() - preemptions;
     outcome.map_err(Into::into)?;
-    Ok(Run { start, end, cpu, preemptions })
+    Ok(Run {
+        start,
+        end,
+        cpu,
+        preemptions,
+    })
 }
 
 /// The timed loop.
@@ -295,7 +311,11 @@ pub struct Laps {
 impl Laps {
     /// No lap yet, of `course`.
     pub fn of(course: &Course) -> Self {
-        Self { vcpus: course.orders.len(), operations: course.operations(), ..Self::default() }
+        Self {
+            vcpus: course.orders.len(),
+            operations: course.operations(),
+            ..Self::default()
+        }
     }
 
     /// Adds a lap.
@@ -308,7 +328,11 @@ impl Laps {
 
     /// Nanoseconds an operation, round by round, by the clock that counts for this number of threads.
     pub fn per_operation(&self) -> Vec<f64> {
-        let clock = if self.vcpus == 1 { &self.cpu_ns } else { &self.wall_ns };
+        let clock = if self.vcpus == 1 {
+            &self.cpu_ns
+        } else {
+            &self.wall_ns
+        };
         self.by(clock)
     }
 
@@ -318,7 +342,10 @@ impl Laps {
     }
 
     fn by(&self, clock: &[u64]) -> Vec<f64> {
-        clock.iter().map(|ns| *ns as f64 / self.operations as f64).collect()
+        clock
+            .iter()
+            .map(|ns| *ns as f64 / self.operations as f64)
+            .collect()
     }
 }
 
@@ -341,90 +368,14 @@ pub fn minimum(values: &[f64]) -> f64 {
 
 /// `theirs` over `ours`: the median over the rounds, each round's laps having run close together.
 pub fn paired_ratio(theirs: &[f64], ours: &[f64]) -> f64 {
-    median(&theirs.iter().zip(ours).map(|(theirs, ours)| theirs / ours).collect::<Vec<_>>())
+    median(
+        &theirs
+            .iter()
+            .zip(ours)
+            .map(|(theirs, ours)| theirs / ours)
+            .collect::<Vec<_>>(),
+    )
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeMap;
-    use std::sync::Mutex;
-
-    #[test]
-    fn middles() {
-        assert!(median(&[]).is_nan());
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert_eq!(minimum(&[2.0, 1.0]), 1.0);
-        assert_eq!(paired_ratio(&[2.0, 8.0, 9.0], &[1.0, 2.0, 3.0]), 3.0);
-    }
-
-    /// Counts how often each page was resolved.
-    struct Tally(Mutex<BTreeMap<u64, u32>>);
-
-    impl Contender for Tally {
-        type Worker = ();
-        type Failure = Error;
-
-        fn worker(&self) -> Result<(), Error> {
-            Ok(())
-        }
-
-        fn resolve(&self, (): &mut (), gfn: Gfn) -> Result<(), Error> {
-            if gfn.0 == 0xdead {
-                return Err(Error::Check("dead".to_owned()));
-            }
-            *self.0.lock().unwrap().entry(gfn.0).or_default() += 1;
-            Ok(())
-        }
-
-        fn reset(&mut self) -> Result<(), Error> {
-            self.0.get_mut().unwrap().clear();
-            Ok(())
-        }
-
-        fn translate(&self, _gfn: Gfn) -> Option<Translation> {
-            None
-        }
-    }
-
-    fn course(orders: Vec<Order>) -> Course {
-        Course { base: Gfn(0x1000), page: Level::L2, orders, cpus: Vec::new() }
-    }
-
-    #[test]
-    fn every_page_of_every_order_is_resolved() {
-        let tally = Tally(Mutex::default());
-        let course = course(vec![
-            Order::Stride { first: 1, step: 2, count: 3 },
-            Order::List(vec![9, 7, 5]),
-        ]);
-        let lap = lap(&tally, &mut [Padded(()), Padded(())], &course).unwrap();
-        let expected = [(1, 1), (3, 1), (5, 2), (7, 1), (9, 1)].map(|(n, times)| (0x1000 + n * 512, times));
-        assert_eq!(*tally.0.lock().unwrap(), BTreeMap::from(expected));
-        assert_eq!(course.operations(), 6);
-        assert!(lap.wall > Duration::ZERO);
-    }
-
-    #[test]
-    fn a_failure_ends_the_lap_with_its_error() {
-        let course = Course {
-            base: Gfn(0),
-            page: Level::L1,
-            orders: vec![
-                Order::Stride { first: 0, step: 1, count: 10 },
-                Order::Stride { first: 0xdead, step: 1, count: 1 },
-            ],
-            cpus: Vec::new(),
-        };
-        let error = lap(&Tally(Mutex::default()), &mut [Padded(()), Padded(())], &course).unwrap_err();
-        assert_eq!(error.to_string(), "dead");
-    }
-
-    #[test]
-    fn a_processor_that_does_not_exist_is_an_error_for_all() {
-        let mut course = course(vec![Order::Stride { first: 0, step: 1, count: 1 }; 2]);
-        course.cpus = vec![0, usize::MAX];
-        assert!(lap(&Tally(Mutex::default()), &mut [Padded(()), Padded(())], &course).is_err());
-    }
-}
+mod tests;

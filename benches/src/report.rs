@@ -45,13 +45,22 @@ pub enum Error {
 
 impl Error {
     /// An error of something below, with what was being done.
-    pub fn run(context: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self::Run { context: context.into(), source: source.into() }
+    pub fn run(
+        context: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Run {
+            context: context.into(),
+            source: source.into(),
+        }
     }
 
     /// An error about a file.
     pub fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 
     /// 2 for wrong usage, 1 for a failed run.
@@ -106,7 +115,11 @@ impl Machine {
         Self {
             cpus: std::thread::available_parallelism().map_or(1, Into::into),
             model,
-            build: if cfg!(debug_assertions) { "debug" } else { "release" },
+            build: if cfg!(debug_assertions) {
+                "debug"
+            } else {
+                "release"
+            },
         }
     }
 }
@@ -123,12 +136,21 @@ impl Output {
             None => Json::None,
             Some(path) if path == Path::new("-") => Json::Stdout,
             Some(path) => {
-                let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                let parent = path
+                    .parent()
+                    .filter(|p| !p.as_os_str().is_empty())
+                    .unwrap_or(Path::new("."));
                 if path.is_dir() {
-                    return Err(Error::Usage(format!("--json {}: is a folder", path.display())));
+                    return Err(Error::Usage(format!(
+                        "--json {}: is a folder",
+                        path.display()
+                    )));
                 }
                 if !parent.is_dir() {
-                    return Err(Error::Usage(format!("--json {}: no such folder", path.display())));
+                    return Err(Error::Usage(format!(
+                        "--json {}: no such folder",
+                        path.display()
+                    )));
                 }
                 Json::File(path.to_owned())
             }
@@ -151,7 +173,9 @@ impl Output {
         R: IntoIterator<Item = String>,
     {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+        table
+            .load_style(presets::UTF8_HORIZONTAL_ONLY)
+            .set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(header.iter().copied());
         for row in rows {
             table.add_row(row);
@@ -165,8 +189,11 @@ impl Output {
     /// A progress bar over `steps`, on standard error if that is a terminal; hidden otherwise. It clears itself when
     /// dropped.
     pub fn progress(&self, steps: u64) -> Progress {
-        let target =
-            if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = if io::stderr().is_terminal() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
         let bar = ProgressBar::with_draw_target(Some(steps), target);
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}") {
             bar.set_style(style);
@@ -184,12 +211,20 @@ impl Output {
         if matches!(self.json, Json::None) {
             return Ok(());
         }
-        let report = Report { scenario, version: env!("CARGO_PKG_VERSION"), machine: Machine::detect(), body };
-        let mut text = serde_json::to_string_pretty(&report).map_err(|e| Error::run("JSON report", e))?;
+        let report = Report {
+            scenario,
+            version: env!("CARGO_PKG_VERSION"),
+            machine: Machine::detect(),
+            body,
+        };
+        let mut text =
+            serde_json::to_string_pretty(&report).map_err(|e| Error::run("JSON report", e))?;
         text.push('\n');
         match &self.json {
             Json::None => Ok(()),
-            Json::Stdout => io::stdout().write_all(text.as_bytes()).map_err(|e| Error::io("standard output", e)),
+            Json::Stdout => io::stdout()
+                .write_all(text.as_bytes())
+                .map_err(|e| Error::io("standard output", e)),
             Json::File(path) => fs::write(path, text).map_err(|e| Error::io(path, e)),
         }
     }

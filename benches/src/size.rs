@@ -48,7 +48,7 @@ pub fn parse(text: &str) -> Result<u64, SizeError> {
     if bytes > 1 << MAX_PHYSICAL_BITS {
         return Err(SizeError::TooLarge);
     }
-    if bytes % PAGE_SIZE != 0 {
+    if !bytes.is_multiple_of(PAGE_SIZE) {
         return Err(SizeError::Unaligned);
     }
     Ok(bytes)
@@ -73,7 +73,15 @@ mod tests {
 
     #[test]
     fn reads_what_it_shows() {
-        for bytes in [4096, 8192, 1 << 20, 3 << 30, 1 << 40, 1 << 52, (1 << 30) + 4096] {
+        for bytes in [
+            4096,
+            8192,
+            1 << 20,
+            3 << 30,
+            1 << 40,
+            1 << 52,
+            (1 << 30) + 4096,
+        ] {
             assert_eq!(parse(&show(bytes)), Ok(bytes));
         }
         assert_eq!(parse("512m"), Ok(512 << 20));

@@ -8,10 +8,16 @@ use std::time::Duration;
 
 /// Processor time that the calling thread has used so far.
 pub fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `time` is a valid place for the result and outlives the call.
     let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    assert_eq!(failed, 0, "CLOCK_THREAD_CPUTIME_ID has been in Linux since 2.6.12");
+    assert_eq!(
+        failed, 0,
+        "CLOCK_THREAD_CPUTIME_ID has been in Linux since 2.6.12"
+    );
     // The clock never runs below zero and its nanoseconds stay below a second.
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
@@ -49,7 +55,9 @@ pub fn pin(cpu: usize) -> std::io::Result<()> {
 /// Bytes of memory that can be used without swapping, or `None` if the system does not tell.
 pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -62,7 +70,10 @@ mod tests {
     fn thread_time_is_of_this_thread() {
         let before = thread_time();
         std::thread::sleep(Duration::from_millis(50));
-        assert!(thread_time() - before < Duration::from_millis(40), "sleeping uses no processor time");
+        assert!(
+            thread_time() - before < Duration::from_millis(40),
+            "sleeping uses no processor time"
+        );
         let spun = std::time::Instant::now();
         while spun.elapsed() < Duration::from_millis(50) {
             std::hint::spin_loop();

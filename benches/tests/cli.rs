@@ -4,7 +4,10 @@ use serde_json::Value;
 use std::process::{Command, Output};
 
 fn bench(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_tdp-bench")).args(args).output().expect("the binary runs")
+    Command::new(env!("CARGO_BIN_EXE_tdp-bench"))
+        .args(args)
+        .output()
+        .expect("the binary runs")
 }
 
 fn words(line: &str) -> Vec<&str> {
@@ -56,7 +59,10 @@ fn wrong_usage_is_one_line_that_names_it_and_exit_code_2() {
         ("demand-paging -o=here", "here"),
         ("demand-paging -v 2 -c 0", "-c"),
         ("demand-paging -v 1 -b 4M -i 1 -c 1000000", "1000000"),
-        ("demand-paging --json /nowhere/at/all.json", "/nowhere/at/all.json"),
+        (
+            "demand-paging --json /nowhere/at/all.json",
+            "/nowhere/at/all.json",
+        ),
         ("demand-paging --json /tmp", "/tmp"),
         ("demand-paging --json", "--json"),
     ] {
@@ -64,7 +70,10 @@ fn wrong_usage_is_one_line_that_names_it_and_exit_code_2() {
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{args}: {errors}");
         assert_eq!(errors.lines().count(), 1, "{args}: {errors}");
-        assert!(errors.starts_with("error: ") && errors.contains(names), "{args}: {errors}");
+        assert!(
+            errors.starts_with("error: ") && errors.contains(names),
+            "{args}: {errors}"
+        );
         assert!(output.stdout.is_empty(), "{args}");
     }
 }
@@ -72,7 +81,19 @@ fn wrong_usage_is_one_line_that_names_it_and_exit_code_2() {
 #[test]
 fn a_pool_that_is_too_small_is_one_line_and_exit_code_1() {
     for pool in ["4K", "64K", "128K"] {
-        let output = bench(&["demand-paging", "-v", "2", "-b", "64M", "-i", "1", "--against", "none", "--pool", pool]);
+        let output = bench(&[
+            "demand-paging",
+            "-v",
+            "2",
+            "-b",
+            "64M",
+            "-i",
+            "1",
+            "--against",
+            "none",
+            "--pool",
+            pool,
+        ]);
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{pool}: {errors}");
         assert_eq!(errors.lines().count(), 1, "{pool}: {errors}");
@@ -82,7 +103,10 @@ fn a_pool_that_is_too_small_is_one_line_and_exit_code_1() {
 
 #[test]
 fn memory_that_the_machine_does_not_have_is_exit_code_1() {
-    for args in ["demand-paging -v 1 -b 64T", "demand-paging -b 4M --pool 1024T"] {
+    for args in [
+        "demand-paging -v 1 -b 64T",
+        "demand-paging -b 4M --pool 1024T",
+    ] {
         let output = bench(&words(args));
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{args}: {errors}");
@@ -109,7 +133,11 @@ fn help_teaches_and_is_exit_code_0() {
     ] {
         let output = bench(&words(args));
         assert_eq!(output.status.code(), Some(0), "{args}");
-        assert!(text(&output.stdout).contains(teaches), "{args}: {}", text(&output.stdout));
+        assert!(
+            text(&output.stdout).contains(teaches),
+            "{args}: {}",
+            text(&output.stdout)
+        );
     }
 }
 
@@ -117,23 +145,44 @@ fn help_teaches_and_is_exit_code_0() {
 fn every_contender_runs_and_is_reported() {
     let output = small("--against all --json -");
     let report = json(&output);
-    assert!(text(&output.stderr).contains("pgs/sec/vcpu"), "the table goes to standard error");
+    assert!(
+        text(&output.stderr).contains("pgs/sec/vcpu"),
+        "the table goes to standard error"
+    );
 
     assert_eq!(report["scenario"], "demand-paging");
     assert_eq!(report["parameters"]["vcpus"], 2);
     assert_eq!(report["parameters"]["bytes_per_vcpu"], 4 << 20);
-    for name in ["floor", "floor_map", "mutex", "rwlock", "table_lock", "page_table_multiarch", "x86_64"] {
+    for name in [
+        "floor",
+        "floor_map",
+        "mutex",
+        "rwlock",
+        "table_lock",
+        "page_table_multiarch",
+        "x86_64",
+    ] {
         let ratio = &report["ratios"][name];
-        assert!(ratio.as_f64().is_some_and(|ratio| ratio > 0.0), "{name}: {ratio}");
+        assert!(
+            ratio.as_f64().is_some_and(|ratio| ratio > 0.0),
+            "{name}: {ratio}"
+        );
         for format in ["ept", "npt"] {
             for vcpus in ["1", "2"] {
                 let ratio = &report["ratios"]["by_format"][format][vcpus][name];
-                assert!(ratio.as_f64().is_some_and(|ratio| ratio > 0.0), "{format} {vcpus} {name}: {ratio}");
+                assert!(
+                    ratio.as_f64().is_some_and(|ratio| ratio > 0.0),
+                    "{format} {vcpus} {name}: {ratio}"
+                );
             }
         }
     }
     for format in ["ept", "npt"] {
-        assert_eq!(report["memory"][format]["tables"], 3 + 4, "{format}: three above, four of leaves");
+        assert_eq!(
+            report["memory"][format]["tables"],
+            3 + 4,
+            "{format}: three above, four of leaves"
+        );
         assert!(report["scaling"][format]["tdp fault, warm"].is_number());
     }
     rows_are_consistent(&report);
@@ -147,21 +196,34 @@ fn every_contender_runs_and_is_reported() {
 /// Every row's summary follows from its raw nanoseconds.
 fn rows_are_consistent(report: &Value) {
     let rows = [&report["results"], &report["baselines"]];
-    let rows: Vec<&Value> = rows.iter().flat_map(|rows| rows.as_array().expect("a list")).collect();
+    let rows: Vec<&Value> = rows
+        .iter()
+        .flat_map(|rows| rows.as_array().expect("a list"))
+        .collect();
     assert_eq!(rows.len(), 2 * 2 * (4 + 6), "formats, courses, contenders");
     for row in rows {
         let vcpus = row["vcpus"].as_u64().expect("a number");
         assert_eq!(row["operations"], 1024 * vcpus, "{row}");
         let raw = |key: &str| -> Vec<f64> {
-            row[key].as_array().expect("raw laps").iter().map(|ns| ns.as_f64().expect("nanoseconds")).collect()
+            row[key]
+                .as_array()
+                .expect("raw laps")
+                .iter()
+                .map(|ns| ns.as_f64().expect("nanoseconds"))
+                .collect()
         };
         let (wall, cpu) = (raw("wall_ns"), raw("cpu_ns"));
         assert_eq!((wall.len(), cpu.len()), (2, 2), "{row}");
         let clock = if vcpus == 1 { &cpu } else { &wall };
         let fastest = clock.iter().copied().fold(f64::INFINITY, f64::min) / (1024.0 * vcpus as f64);
         let min = row["ns_per_operation"]["min"].as_f64().expect("a number");
-        assert!(fastest > 0.0 && (min - fastest).abs() < 1e-6 * fastest, "{row}");
-        let median = row["ns_per_operation"]["median"].as_f64().expect("a number");
+        assert!(
+            fastest > 0.0 && (min - fastest).abs() < 1e-6 * fastest,
+            "{row}"
+        );
+        let median = row["ns_per_operation"]["median"]
+            .as_f64()
+            .expect("a number");
         assert!(median >= min, "{row}");
     }
 }
@@ -178,8 +240,16 @@ fn flags_do_what_they_say() {
         ("--huge-pool", 2048),
     ] {
         let report = json(&small(&format!("--against all {flags} --json -")));
-        let row = report["results"].as_array().expect("a list").iter().find(|row| row["vcpus"] == 2);
-        assert_eq!(row.expect("a row of both vCPUs")["operations"], operations, "{flags}");
+        let row = report["results"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|row| row["vcpus"] == 2);
+        assert_eq!(
+            row.expect("a row of both vCPUs")["operations"],
+            operations,
+            "{flags}"
+        );
         assert_eq!(report["checks"]["mismatched"], 0, "{flags}");
         assert_eq!(report["checks"]["leaked_frames"], 0, "{flags}");
     }
@@ -188,7 +258,9 @@ fn flags_do_what_they_say() {
 #[test]
 fn large_pages_are_mapped_as_such() {
     for (flags, operations) in [("-s 2m -b 64M", 32), ("-s 1g -b 4G", 4)] {
-        let report = json(&bench(&words(&format!("demand-paging -v 1 -i 1 {flags} --json -"))));
+        let report = json(&bench(&words(&format!(
+            "demand-paging -v 1 -i 1 {flags} --json -"
+        ))));
         assert_eq!(report["results"][0]["operations"], operations, "{flags}");
         assert_eq!(report["checks"]["mismatched"], 0, "{flags}");
         assert!(report["ratios"]["x86_64"].is_number());
@@ -200,7 +272,11 @@ fn one_format_and_some_contenders() {
     let report = json(&small("-f npt --against floor,x86_64 --json -"));
     assert_eq!(report["parameters"]["formats"], serde_json::json!(["npt"]));
     let ratios = report["ratios"].as_object().expect("an object");
-    let names: Vec<_> = ratios.iter().filter(|(_, ratio)| ratio.is_number()).map(|(name, _)| name.as_str()).collect();
+    let names: Vec<_> = ratios
+        .iter()
+        .filter(|(_, ratio)| ratio.is_number())
+        .map(|(name, _)| name.as_str())
+        .collect();
     assert_eq!(names, ["floor", "floor_map", "x86_64"]);
     assert!(report["memory"]["ept"].is_null());
 }

@@ -15,7 +15,7 @@ const SLOTS: usize = 8;
 const OBJECTS: usize = 512;
 const BOUND: usize = 256;
 const RETIRERS: usize = 2;
-const SWAPS: u64 = 30_000;
+const SWAPS: u64 = 6_000;
 
 struct World {
     /// Object in the low half, its stamp in the high one.

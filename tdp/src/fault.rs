@@ -115,7 +115,7 @@ impl RetryReason {
 pub enum MemoryFaultReason {
     /// The address is wider than the tables can map.
     BeyondWidth,
-    /// The backing has no page there.
+    /// The backing has no page there, or one that no table can name.
     NotBacked,
     /// The backing does not permit the access.
     NotPermitted,

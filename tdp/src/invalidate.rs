@@ -104,14 +104,17 @@ impl Drop for Invalidations {
     }
 }
 
-/// An invalidation in progress: faults on its range answer [`Retry`](crate::Outcome::Retry) until it ends, by
-/// [`end`](Invalidation::end) or by being dropped.
+/// An invalidation in progress: faults on its range answer [`Retry`](crate::Outcome::Retry) until it ends.
+///
+/// [`end`](Invalidation::end) takes the proof that what [`zap`](Invalidation::zap) took away has been flushed. One that is
+/// dropped instead zaps and flushes by itself before it ends.
 #[must_use = "the invalidation ends when this is dropped"]
 pub struct Invalidation<'a, F: Format, H: Host> {
     shared: &'a Shared<F, H>,
     number: u64,
     as_id: AddressSpaceId,
     range: GfnRange,
+    flushed: bool,
 }
 
 impl<F: Format, H: Host> Shared<F, H> {
@@ -137,6 +140,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             number,
             as_id,
             range,
+            flushed: false,
         }
     }
 
@@ -154,11 +158,16 @@ impl<F: Format, H: Host> Invalidation<'_, F, H> {
     }
 
     /// Ends the invalidation. `_flushed` says that what was zapped has been flushed.
-    pub fn end(self, _flushed: Flushed) {}
+    pub fn end(mut self, _flushed: Flushed) {
+        self.flushed = true;
+    }
 }
 
 impl<F: Format, H: Host> Drop for Invalidation<'_, F, H> {
     fn drop(&mut self) {
+        if !self.flushed {
+            self.zap().flush();
+        }
         let replaced = {
             let mut writer = self.shared.invalidations.writer.lock();
             // The sequence moves before the range is withdrawn: a sleeping look-up that began before sees either.

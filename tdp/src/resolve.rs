@@ -20,7 +20,8 @@ use crate::stats::{Stat, Tally};
 use crate::table;
 use crate::vcpu::{Context, VcpuCore};
 use alloc::sync::Arc;
-use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Perms, Pfn};
+use tdp_arch::addr::MAX_PHYSICAL_BITS;
+use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, PAGE_SHIFT, Perms, Pfn};
 use tdp_rcu::Section;
 
 /// What the fast path came to.
@@ -38,6 +39,12 @@ pub(crate) enum Resolution<B> {
     Done(Outcome),
     /// The look-up has to sleep, outside. Holds the slot and the invalidation sequence before it.
     Sleep(Arc<Slot<B>>, u64),
+}
+
+/// Whether an entry can name `pfn`. A host that answers with another number has no page there.
+#[inline(always)]
+fn is_nameable(pfn: Pfn) -> bool {
+    pfn.0 >> (MAX_PHYSICAL_BITS - PAGE_SHIFT) == 0
 }
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
@@ -81,7 +88,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         access: Access,
         prefetch: bool,
     ) -> Fast {
-        if self.ctx.root.is_obsolete() | !mapping.perms.contains(access.needs()) {
+        let odd = !mapping.perms.contains(access.needs()) | !is_nameable(mapping.pfn);
+        if odd | self.ctx.root.is_obsolete() {
             return Fast::GaveUp;
         }
         // The common case is compiled on its own, with every shift a constant.
@@ -218,6 +226,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         mapping: Mapping,
         perms: Perms,
     ) -> Outcome {
+        if !is_nameable(mapping.pfn) {
+            return self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked);
+        }
         let gfn = fault.gpa.gfn();
         let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
         let attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);

@@ -78,17 +78,17 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     }
 
     fn run(&mut self) {
+        // Taken before the host is called: if its flush panics the tables are leaked, never freed unflushed.
+        let frames = core::mem::take(&mut self.tables);
         if let Some(request) = self.request.take() {
             self.shared.shards.sweeps.add(Stat::Flushes, 1);
             self.shared.host.flush(&request);
         }
-        if !self.tables.is_empty() {
+        if !frames.is_empty() {
             // INV: flush-before-reuse: unlinked, sealed and flushed; the grace period is the domain's.
-            let frames = core::mem::take(&mut self.tables);
             let weight = frames.len();
-            self.shared
-                .domain
-                .retire(Retired::tables(self.shared.host.clone(), frames), weight);
+            let retired = Retired::tables(self.shared.host.clone(), frames);
+            self.shared.domain.retire(retired, weight);
         }
     }
 }

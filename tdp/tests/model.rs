@@ -14,7 +14,7 @@ use proptest::test_runner::{RngSeed, TestRunner};
 use tdp::{Ept, Npt};
 
 fn place() -> impl Strategy<Value = Place> {
-    let region = prop_oneof![4 => Just(0u8), 2 => 1u8..4];
+    let region = prop_oneof![8 => Just(0u8), 2 => 1u8..4];
     // Few enough to meet: near the ends of blocks, or anywhere.
     let index = prop_oneof![
         3 => (0u16..4, 0u16..4).prop_map(|(block, index)| block * 512 + index),
@@ -30,16 +30,22 @@ fn span() -> impl Strategy<Value = Span> {
 
 fn fault() -> impl Strategy<Value = Op> {
     let max_level = prop_oneof![2 => Just(4u8), 1 => 0u8..5];
-    (any::<u8>(), place(), any::<u8>(), max_level, weighted(0.2), weighted(0.2)).prop_map(
-        |(vcpu, at, access, max_level, prefetch, batch)| Op::Fault {
+    (
+        any::<u8>(),
+        place(),
+        any::<u8>(),
+        max_level,
+        weighted(0.2),
+        weighted(0.2),
+    )
+        .prop_map(|(vcpu, at, access, max_level, prefetch, batch)| Op::Fault {
             vcpu,
             at,
             access,
             max_level,
             prefetch,
             batch,
-        },
-    )
+        })
 }
 
 fn map() -> impl Strategy<Value = Op> {
@@ -57,11 +63,44 @@ fn map() -> impl Strategy<Value = Op> {
     )
 }
 
+/// Where a slot lies: mostly large and at the start of a block.
+fn slot_span() -> impl Strategy<Value = Span> {
+    let region = prop_oneof![6 => Just(0u8), 3 => 1u8..4];
+    let block = (0u16..4).prop_map(|block| block * 512 + 1);
+    let start = (region, prop_oneof![4 => block, 1 => 0u16..2048]);
+    let pages = prop_oneof![4 => 8u8..14, 1 => any::<u8>()];
+    (start, pages).prop_map(|((region, index), pages)| Span {
+        from: Place { region, index },
+        pages,
+    })
+}
+
 fn insert() -> impl Strategy<Value = Op> {
-    let numbers = (0u8..3, 0u8..5, 1u8..5);
+    let space = prop_oneof![6 => Just(0u8), 2 => Just(1u8), 1 => Just(2u8)];
+    insert_at(space, slot_span())
+}
+
+/// A slot of 4 MiB over the first or second half of the first blocks.
+fn half(space: u8, half: u16) -> impl Strategy<Value = Op> {
+    let from = Place {
+        region: 0,
+        index: half * 1024 + 1,
+    };
+    insert_at(Just(space), Just(Span { from, pages: 11 }))
+}
+
+fn insert_at(
+    space: impl Strategy<Value = u8>,
+    span: impl Strategy<Value = Span>,
+) -> impl Strategy<Value = Op> {
+    let numbers = (
+        space,
+        prop_oneof![1 => Just(0u8), 3 => 1u8..5],
+        prop_oneof![1 => Just(0u8), 4 => 1u8..5],
+    );
     let id = prop::option::weighted(0.2, any::<u8>());
     let flags = (weighted(0.2), weighted(0.1), weighted(0.2));
-    (numbers, span(), flags, id).prop_map(
+    (numbers, span, flags, id).prop_map(
         |((space, level, max_level), span, (read_only, log_dirty, skewed), id)| Op::Insert {
             space,
             span,
@@ -82,8 +121,8 @@ fn weighted(probability: f64) -> impl Strategy<Value = bool> {
 fn op() -> impl Strategy<Value = Op> {
     let which = any::<u8>;
     prop_oneof![
-        16 => fault(),
-        12 => (which(), place(), any::<u8>())
+        20 => fault(),
+        20 => (which(), place(), any::<u8>())
             .prop_map(|(vcpu, at, access)| Op::Touch { vcpu, at, access }),
         3 => map(),
         5 => (which(), span(), any::<bool>(), weighted(0.3)).prop_map(
@@ -92,24 +131,50 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (which(), span()).prop_map(|(space, span)| Op::Begin { space, span }),
         3 => which().prop_map(|which| Op::Sweep { which }),
         4 => which().prop_map(|which| Op::End { which }),
-        8 => insert(),
-        2 => which().prop_map(|which| Op::Remove { which }),
+        5 => insert(),
+        1 => which().prop_map(|which| Op::Remove { which }),
         2 => (which(), place()).prop_map(|(which, to)| Op::Move { which, to }),
         2 => (which(), any::<bool>(), weighted(0.2)).prop_map(
             |(which, read_only, log_dirty)| Op::SetFlags { which, read_only, log_dirty }),
         1 => any::<bool>().prop_map(|hold| Op::InvalidateRoots { hold }),
         1 => Just(Op::FinishTeardown),
         2 => which().prop_map(|vcpu| Op::LoadRoot { vcpu }),
-        1 => (which(), 0u8..3).prop_map(|(vcpu, space)| Op::SetSpace { vcpu, space }),
-        2 => which().prop_map(|kind| Op::Answer { kind }),
-        1 => which().prop_map(|perms| Op::Permit { perms }),
+        1 => (which(), prop_oneof![3 => Just(0u8), 2 => 1u8..3]).prop_map(|(vcpu, space)| Op::SetSpace { vcpu, space }),
+        2 => prop_oneof![2 => Just(0u8), 1 => 3u8..8].prop_map(|kind| Op::Answer { kind }),
+        4 => prop_oneof![2 => Just(0u8), 2 => 1u8..6].prop_map(|perms| Op::Permit { perms }),
         1 => weighted(0.3).prop_map(|on| Op::Starve { on }),
         1 => Just(Op::Synchronize),
     ]
 }
 
+/// A leaf made while the host permits little, then an access that needs more, by a leaf of another size.
+fn widen() -> impl Strategy<Value = Vec<Op>> {
+    let numbers = (any::<u8>(), 1u8..6, 0u8..6, any::<u8>(), 0u8..5);
+    (numbers, place()).prop_map(|((vcpu, narrow, wide, access, max_level), at)| {
+        let fault = |access, max_level| Op::Fault {
+            vcpu,
+            at,
+            access,
+            max_level,
+            prefetch: false,
+            batch: false,
+        };
+        vec![
+            Op::Permit { perms: narrow },
+            fault(if narrow == 5 { 2 } else { 0 }, 4),
+            Op::Permit { perms: wide },
+            fault(access, max_level),
+        ]
+    })
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
-    (weighted(0.2), weighted(0.2), weighted(0.2), prop_oneof![3 => Just(0u8), 1 => 1u8..3])
+    (
+        weighted(0.2),
+        weighted(0.2),
+        weighted(0.2),
+        prop_oneof![3 => Just(0u8), 1 => 1u8..3],
+    )
         .prop_map(
             |(five_levels, software_ad, no_mmio_caching, max_leaf)| Setup {
                 five_levels,
@@ -122,19 +187,21 @@ fn setup() -> impl Strategy<Value = Setup> {
 
 fn follows_the_model<F: Processor>() {
     let config = ProptestConfig {
-        cases: 200,
+        cases: 150,
         failure_persistence: None,
         rng_seed: RngSeed::Fixed(0x7d9),
         ..ProptestConfig::default()
     };
     // The first operations give the guest memory; without it most others would meet nothing.
+    let step = prop_oneof![15 => op().prop_map(|op| vec![op]), 1 => widen()];
     let sequence = (
         setup(),
-        prop::collection::vec(insert(), 1..4),
-        prop::collection::vec(op(), 1..80),
+        (half(0, 0), half(0, 1), half(1, 0)),
+        prop::collection::vec(step, 1..80),
     );
-    let result = TestRunner::new(config).run(&sequence, |(setup, mut ops, rest)| {
-        ops.extend(rest);
+    let result = TestRunner::new(config).run(&sequence, |(setup, (a, b, c), rest)| {
+        let mut ops = vec![a, b, c];
+        ops.extend(rest.into_iter().flatten());
         run::<F>(setup, &ops);
         Ok(())
     });

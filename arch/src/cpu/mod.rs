@@ -268,7 +268,6 @@ impl<W: Walker, const SETS: usize> SoftwareVcpu<W, SETS> {
             && let Err(WalkError::Fault(fault)) = &result
             && self.walker.repeats_before(fault)
         {
-            self.drop_address(gpa);
             result = self.walk_once(memory, None, gpa, access);
         }
         match &result {

@@ -36,14 +36,19 @@ impl<F: Format, const ROOT: u8, const LEAF: u8> Floor<F, ROOT, LEAF> {
             tree.descend(gfn, leaf, Ordering::Acquire)?;
             gfn = Gfn((gfn.0 & !(span - 1)) + span);
         }
-        Ok(Self { tree, offset: backing.pfn.0.wrapping_sub(backing.gfns.start.0) })
+        Ok(Self {
+            tree,
+            offset: backing.pfn.0.wrapping_sub(backing.gfns.start.0),
+        })
     }
 }
 
 /// One level down, where there is a table.
 #[inline(always)]
 fn step<F: Format>(table: Table<'_, F>, gfn: Gfn) -> Result<Table<'_, F>, Stuck> {
-    table.next(gfn, Ordering::Acquire).map_err(|_| Stuck::InTheWay(gfn))
+    table
+        .next(gfn, Ordering::Acquire)
+        .map_err(|_| Stuck::InTheWay(gfn))
 }
 
 impl<F: Format, const ROOT: u8, const LEAF: u8> Contender for Floor<F, ROOT, LEAF> {
@@ -74,7 +79,9 @@ impl<F: Format, const ROOT: u8, const LEAF: u8> Contender for Floor<F, ROOT, LEA
     }
 
     fn reset(&mut self) -> Result<(), Error> {
-        Level::from_number(LEAF).into_iter().for_each(|leaf| self.tree.clear_leaves(leaf));
+        Level::from_number(LEAF)
+            .into_iter()
+            .for_each(|leaf| self.tree.clear_leaves(leaf));
         Ok(())
     }
 

@@ -25,7 +25,9 @@ impl Backing {
 
     /// First guest frame of every page of the backing's size.
     pub fn pages(&self) -> impl Iterator<Item = Gfn> + use<> {
-        (self.gfns.start.0..self.gfns.end.0).step_by(self.level.pages() as usize).map(Gfn)
+        (self.gfns.start.0..self.gfns.end.0)
+            .step_by(self.level.pages() as usize)
+            .map(Gfn)
     }
 
     /// Largest level at which `gfn` can be mapped: its whole page lies in the range and host memory of that size is
@@ -55,7 +57,10 @@ pub struct Host {
 impl Host {
     /// A host with one slot.
     pub fn new(backing: Backing) -> Self {
-        Self { slots: vec![backing], invalidations: Padded(AtomicU64::new(0)) }
+        Self {
+            slots: vec![backing],
+            invalidations: Padded(AtomicU64::new(0)),
+        }
     }
 
     /// The count to hand to [`Host::is_stale`] later.
@@ -79,7 +84,10 @@ impl Host {
     #[inline(always)]
     pub fn slot(&self, gfn: Gfn) -> Result<&Backing, Stuck> {
         let after = self.slots.partition_point(|slot| slot.gfns.start <= gfn);
-        self.slots[..after].last().filter(|slot| slot.gfns.contains(gfn)).ok_or(Stuck::NoSlot(gfn))
+        self.slots[..after]
+            .last()
+            .filter(|slot| slot.gfns.contains(gfn))
+            .ok_or(Stuck::NoSlot(gfn))
     }
 }
 
@@ -101,12 +109,30 @@ mod tests {
     #[test]
     fn chooses_the_level_by_alignment_and_bounds() {
         let range = GfnRange::new(Gfn(0x200), 0x400 + 7).unwrap();
-        let aligned = Backing { gfns: range, pfn: Pfn(0x1_0000), level: Level::L3 };
-        assert_eq!(aligned.largest(Gfn(0x3ff)), Level::L2, "1G would leave the slot");
-        assert_eq!(aligned.largest(Gfn(0x603)), Level::L1, "2M would leave the slot");
-        let shifted = Backing { pfn: Pfn(0x1_0001), ..aligned };
+        let aligned = Backing {
+            gfns: range,
+            pfn: Pfn(0x1_0000),
+            level: Level::L3,
+        };
+        assert_eq!(
+            aligned.largest(Gfn(0x3ff)),
+            Level::L2,
+            "1G would leave the slot"
+        );
+        assert_eq!(
+            aligned.largest(Gfn(0x603)),
+            Level::L1,
+            "2M would leave the slot"
+        );
+        let shifted = Backing {
+            pfn: Pfn(0x1_0001),
+            ..aligned
+        };
         assert_eq!(shifted.largest(Gfn(0x3ff)), Level::L1);
-        let small = Backing { level: Level::L1, ..aligned };
+        let small = Backing {
+            level: Level::L1,
+            ..aligned
+        };
         assert_eq!(small.largest(Gfn(0x3ff)), Level::L1);
     }
 

@@ -23,9 +23,9 @@ pub mod table_lock;
 pub mod tree;
 pub mod x86;
 
-use host::Backing;
 use crate::race::Translation;
 use crate::report::Error;
+use host::Backing;
 use tdp_arch::{Format, Gfn, GfnRange, Level, PAGE_SIZE, Perms, Pfn};
 use tree::{Arena, Tree};
 
@@ -54,7 +54,9 @@ impl Setup {
         let available = crate::sys::available_memory().unwrap_or(u64::MAX);
         if tables.saturating_mul(PAGE_SIZE) > available {
             let need = crate::size::show(tables.saturating_mul(PAGE_SIZE));
-            return Err(Error::Usage(format!("{need} of tables do not fit the memory of this machine")));
+            return Err(Error::Usage(format!(
+                "{need} of tables do not fit the memory of this machine"
+            )));
         }
         let tables = usize::try_from(tables).map_err(|e| Error::run("tables of a baseline", e))?;
         Arena::new(tables, self.huge)
@@ -74,17 +76,27 @@ impl Setup {
 pub fn tables_for(range: GfnRange, leaf: Level, root: Level) -> u64 {
     let last = range.end.0.saturating_sub(1);
     let tables = |level: Level| match level.above() {
-        Some(above) if level < root => (last >> above.gfn_shift()) - (range.start.0 >> above.gfn_shift()) + 1,
+        Some(above) if level < root => {
+            (last >> above.gfn_shift()) - (range.start.0 >> above.gfn_shift()) + 1
+        }
         _ => 1,
     };
-    Level::ALL.into_iter().filter(|level| (leaf..=root).contains(level)).map(tables).sum()
+    Level::ALL
+        .into_iter()
+        .filter(|level| (leaf..=root).contains(level))
+        .map(tables)
+        .sum()
 }
 
 /// [`Contender::translate`](crate::race::Contender::translate) for a tree.
 fn translate<F: Format, const ROOT: u8>(tree: &Tree<F, ROOT>, gfn: Gfn) -> Option<Translation> {
     let (spte, level) = tree.leaf(gfn)?;
     let pfn = Pfn(F::leaf_pfn(spte, level).0 + (gfn.0 & (level.pages() - 1)));
-    Some(Translation { pfn, level, permitted: F::perms(spte) == Perms::RWX })
+    Some(Translation {
+        pfn,
+        level,
+        permitted: F::perms(spte) == Perms::RWX,
+    })
 }
 
 #[cfg(test)]

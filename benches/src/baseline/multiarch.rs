@@ -26,8 +26,9 @@ impl Frames {
     /// Adds the pages of `arena`, the first to be taken first.
     fn add(arena: Arena) {
         let arena = Box::leak(Box::new(arena));
-        let mut pages: Vec<_> =
-            std::iter::from_fn(|| arena.take_zeroed()).map(|page| page.as_ptr().expose_provenance()).collect();
+        let mut pages: Vec<_> = std::iter::from_fn(|| arena.take_zeroed())
+            .map(|page| page.as_ptr().expose_provenance())
+            .collect();
         pages.reverse();
         FREE.lock().append(&mut pages);
     }
@@ -36,7 +37,11 @@ impl Frames {
 impl PagingHandler for Frames {
     fn alloc_frames(num: usize, _align: usize) -> Option<PhysAddr> {
         // The crate takes tables one by one and fills them with zeroes itself.
-        if num == 1 { FREE.lock().pop().map(PhysAddr::from) } else { None }
+        if num == 1 {
+            FREE.lock().pop().map(PhysAddr::from)
+        } else {
+            None
+        }
     }
 
     fn dealloc_frames(paddr: PhysAddr, _num: usize) {
@@ -56,8 +61,10 @@ pub struct MultiArch {
     size: PageSize,
 }
 
-const FLAGS: MappingFlags =
-    MappingFlags::READ.union(MappingFlags::WRITE).union(MappingFlags::EXECUTE).union(MappingFlags::USER);
+const FLAGS: MappingFlags = MappingFlags::READ
+    .union(MappingFlags::WRITE)
+    .union(MappingFlags::EXECUTE)
+    .union(MappingFlags::USER);
 
 fn stuck(error: PagingError, gfn: Gfn) -> Stuck {
     match error {
@@ -84,7 +91,11 @@ impl MultiArch {
             Level::L2 => PageSize::Size2M,
             _ => PageSize::Size1G,
         };
-        Ok(Self { table: Mutex::new(table), backing: setup.backing, size })
+        Ok(Self {
+            table: Mutex::new(table),
+            backing: setup.backing,
+            size,
+        })
     }
 }
 
@@ -99,7 +110,12 @@ impl Contender for MultiArch {
     #[inline(always)]
     fn resolve(&self, (): &mut (), gfn: Gfn) -> Result<(), Stuck> {
         let target = PhysAddr::from((self.backing.pfn_of(gfn).0 << 12) as usize);
-        match self.table.lock().cursor().map(address(gfn), target, self.size, FLAGS) {
+        match self
+            .table
+            .lock()
+            .cursor()
+            .map(address(gfn), target, self.size, FLAGS)
+        {
             Ok(()) | Err(PagingError::AlreadyMapped) => Ok(()),
             Err(error) => Err(stuck(error, gfn)),
         }
@@ -122,6 +138,10 @@ impl Contender for MultiArch {
             PageSize::Size2M => Level::L2,
             _ => Level::L3,
         };
-        Some(Translation { pfn: Pfn(usize::from(paddr) as u64 >> 12), level, permitted: flags == FLAGS })
+        Some(Translation {
+            pfn: Pfn(usize::from(paddr) as u64 >> 12),
+            level,
+            permitted: flags == FLAGS,
+        })
     }
 }

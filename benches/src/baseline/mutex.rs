@@ -35,8 +35,15 @@ impl<F: Format, const ROOT: u8> OneMutex<F, ROOT> {
     ///
     /// If the memory is not there.
     pub fn new(setup: &Setup) -> Result<Self, Error> {
-        let state = Mutex::new(State { tree: setup.tree()?, pages: [0; 3] });
-        Ok(Self { host: Host::new(setup.backing), state, leaf: setup.backing.level })
+        let state = Mutex::new(State {
+            tree: setup.tree()?,
+            pages: [0; 3],
+        });
+        Ok(Self {
+            host: Host::new(setup.backing),
+            state,
+            leaf: setup.backing.level,
+        })
     }
 }
 
@@ -65,7 +72,11 @@ impl<F: Format, const ROOT: u8> Contender for OneMutex<F, ROOT> {
                 worker.spurious += 1;
                 return Ok(());
             }
-            table.set(gfn, tdp_arch::Pfn(pfn.0 & !(level.pages() - 1)), Ordering::Relaxed);
+            table.set(
+                gfn,
+                tdp_arch::Pfn(pfn.0 & !(level.pages() - 1)),
+                Ordering::Relaxed,
+            );
             state.pages[usize::from(level.number() - 1)] += 1;
             worker.fixed += 1;
             return Ok(());

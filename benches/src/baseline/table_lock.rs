@@ -39,7 +39,12 @@ impl<F: Format, const ROOT: u8> TableLock<F, ROOT> {
     pub fn new(setup: &Setup) -> Result<Self, Error> {
         let tree = setup.tree::<F, ROOT>()?;
         let meta = (0..tree.arena().pages()).map(|_| Meta::default()).collect();
-        Ok(Self { host: Host::new(setup.backing), tree, meta, leaf: setup.backing.level })
+        Ok(Self {
+            host: Host::new(setup.backing),
+            tree,
+            meta,
+            leaf: setup.backing.level,
+        })
     }
 }
 

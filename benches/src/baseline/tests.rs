@@ -9,24 +9,48 @@ use tdp_arch::{Ept, Format, Gfn, GfnRange, Level, Npt, Pfn};
 fn setup(level: Level, pages: u64) -> Setup {
     let start = Gfn(3 << 18);
     let gfns = GfnRange::new(start, pages << level.gfn_shift()).unwrap();
-    Setup { backing: Backing { gfns, pfn: Pfn(5 << 18), level }, huge: false }
+    Setup {
+        backing: Backing {
+            gfns,
+            pfn: Pfn(5 << 18),
+            level,
+        },
+        huge: false,
+    }
 }
 
 /// Maps everything from two threads that race for every page, checks it, takes it away, and does so again from one.
 fn exercise<C: Contender>(mut contender: C, setup: &Setup) {
     let backing = setup.backing;
     let count = backing.pages().count() as u64;
-    let all = Order::Stride { first: 0, step: 1, count };
+    let all = Order::Stride {
+        first: 0,
+        step: 1,
+        count,
+    };
     for orders in [vec![all.clone(), all.clone()], vec![all]] {
-        let course = Course { base: backing.gfns.start, page: backing.level, orders, cpus: Vec::new() };
-        let mut workers: Vec<_> = course.orders.iter().map(|_| Padded(contender.worker().unwrap())).collect();
+        let course = Course {
+            base: backing.gfns.start,
+            page: backing.level,
+            orders,
+            cpus: Vec::new(),
+        };
+        let mut workers: Vec<_> = course
+            .orders
+            .iter()
+            .map(|_| Padded(contender.worker().unwrap()))
+            .collect();
         for gfn in backing.pages() {
             assert_eq!(contender.translate(gfn), None, "before");
         }
         lap(&contender, &mut workers, &course).unwrap();
         for gfn in backing.pages() {
             let gfn = Gfn(gfn.0 + (backing.level.pages() - 1));
-            let expected = Translation { pfn: backing.pfn_of(gfn), level: backing.level, permitted: true };
+            let expected = Translation {
+                pfn: backing.pfn_of(gfn),
+                level: backing.level,
+                permitted: true,
+            };
             assert_eq!(contender.translate(gfn), Some(expected), "{gfn}");
         }
         contender.reset().unwrap();
@@ -42,8 +66,14 @@ fn own<F: Format, const ROOT: u8>() {
             _ => exercise(floor::Floor::<F, ROOT, 3>::new(&setup).unwrap(), &setup),
         }
         exercise(mutex::OneMutex::<F, ROOT>::new(&setup).unwrap(), &setup);
-        exercise(rwlock::ReaderWriter::<F, ROOT>::new(&setup).unwrap(), &setup);
-        exercise(table_lock::TableLock::<F, ROOT>::new(&setup).unwrap(), &setup);
+        exercise(
+            rwlock::ReaderWriter::<F, ROOT>::new(&setup).unwrap(),
+            &setup,
+        );
+        exercise(
+            table_lock::TableLock::<F, ROOT>::new(&setup).unwrap(),
+            &setup,
+        );
     }
 }
 
@@ -69,11 +99,23 @@ fn a_fault_outside_the_slot_is_refused() {
     let setup = setup(Level::L1, 8);
     let outside = setup.backing.gfns.end;
     let mutex = mutex::OneMutex::<Ept, 4>::new(&setup).unwrap();
-    assert!(mutex.resolve(&mut mutex.worker().unwrap(), outside).is_err());
+    assert!(
+        mutex
+            .resolve(&mut mutex.worker().unwrap(), outside)
+            .is_err()
+    );
     let rwlock = rwlock::ReaderWriter::<Ept, 4>::new(&setup).unwrap();
-    assert!(rwlock.resolve(&mut rwlock.worker().unwrap(), outside).is_err());
+    assert!(
+        rwlock
+            .resolve(&mut rwlock.worker().unwrap(), outside)
+            .is_err()
+    );
     let table_lock = table_lock::TableLock::<Ept, 4>::new(&setup).unwrap();
-    assert!(table_lock.resolve(&mut table_lock.worker().unwrap(), outside).is_err());
+    assert!(
+        table_lock
+            .resolve(&mut table_lock.worker().unwrap(), outside)
+            .is_err()
+    );
 }
 
 #[test]

@@ -47,7 +47,9 @@ impl Arena {
     ///
     /// If the memory cannot be had.
     pub fn new(pages: usize, huge: bool) -> Result<Self, Error> {
-        let failed = |source: io::Error| Error::run(format!("{pages} pages for a baseline's tables"), source);
+        let failed = |source: io::Error| {
+            Error::run(format!("{pages} pages for a baseline's tables"), source)
+        };
         let bytes = pages
             .max(1)
             .checked_mul(size_of::<Page>())
@@ -66,8 +68,14 @@ impl Arena {
         if base == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
-        let base = NonNull::new(base.cast::<Page>()).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
-        let arena = Self { base, pages: pages.max(1), taken: AtomicUsize::new(0), linking: Mutex::new(()) };
+        let base = NonNull::new(base.cast::<Page>())
+            .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let arena = Self {
+            base,
+            pages: pages.max(1),
+            taken: AtomicUsize::new(0),
+            linking: Mutex::new(()),
+        };
         if huge {
             // SAFETY: the range is exactly the mapping made above. Advice may be refused; then there are small pages.
             let _ = unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
@@ -81,8 +89,12 @@ impl Arena {
 
     /// A page filled with `empty`, or `None` if all are taken.
     fn take(&self, empty: Spte) -> Option<&Page> {
-        let index =
-            self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < self.pages).then_some(n + 1)).ok()?;
+        let index = self
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+                (n < self.pages).then_some(n + 1)
+            })
+            .ok()?;
         // SAFETY: `index` is below `pages`, so the page lies in the mapping, which lives as long as `self`; zeroed
         // memory is a valid `Page`.
         let page = unsafe { self.base.add(index).as_ref() };
@@ -94,7 +106,8 @@ impl Arena {
 
     /// The address of a zeroed page, or `None` if all are taken. It is valid for as long as the arena lives.
     pub fn take_zeroed(&self) -> Option<NonNull<u8>> {
-        self.take(Spte(0)).map(|page| NonNull::from_ref(page).cast())
+        self.take(Spte(0))
+            .map(|page| NonNull::from_ref(page).cast())
     }
 
     /// Pages in all.
@@ -132,14 +145,23 @@ impl<F: Format, const ROOT: u8> Tree<F, ROOT> {
     pub fn new(arena: Arena) -> Result<Self, Error> {
         let root = arena.take(F::EMPTY).ok_or(Stuck::OutOfTables)?;
         let root = ptr::from_ref(root).addr();
-        Ok(Self { arena, root, format: PhantomData })
+        Ok(Self {
+            arena,
+            root,
+            format: PhantomData,
+        })
     }
 
     /// The root table.
     #[inline(always)]
     pub fn root(&self) -> Table<'_, F> {
         // SAFETY: `root` is the address of a page of `arena`, which `self` keeps alive.
-        Table { page: unsafe { page_at(self.root) }, level: Self::LEVEL, format: PhantomData }
+        let page = unsafe { page_at(self.root) };
+        Table {
+            page,
+            level: Self::LEVEL,
+            format: PhantomData,
+        }
     }
 
     /// Its tables' memory.
@@ -255,10 +277,15 @@ impl<'a, F: Format> Table<'a, F> {
     pub fn next(self, gfn: Gfn, order: Ordering) -> Result<Self, Spte> {
         let spte = Spte(self.entry(gfn).load(order));
         match self.level.below() {
-            // SAFETY: above level 1 `link` alone writes entries that are tables (leaves carry `F::LARGE`), always with
-            // the address of a page of the same arena, which is borrowed for `'a`.
             Some(level) if F::is_table(spte) => {
-                Ok(Self { page: unsafe { page_at((spte.0 & F::PFN_MASK) as usize) }, level, format: PhantomData })
+                // SAFETY: above level 1 `link` alone writes entries that are tables (leaves carry `F::LARGE`), always
+                // with the address of a page of the same arena, which is borrowed for `'a`.
+                let page = unsafe { page_at((spte.0 & F::PFN_MASK) as usize) };
+                Ok(Self {
+                    page,
+                    level,
+                    format: PhantomData,
+                })
             }
             _ => Err(spte),
         }
@@ -283,7 +310,8 @@ impl<'a, F: Format> Table<'a, F> {
                 let table = F::table(Pfn(ptr::from_ref(page).expose_provenance() as u64 >> 12));
                 // Release: whoever reads the entry with Acquire sees the page filled.
                 self.entry(gfn).store(table.0, Ordering::Release);
-                self.next(gfn, Ordering::Acquire).map_err(|_| Stuck::InTheWay(gfn))
+                self.next(gfn, Ordering::Acquire)
+                    .map_err(|_| Stuck::InTheWay(gfn))
             }
         }
     }
@@ -310,7 +338,9 @@ impl<'a, F: Format> Table<'a, F> {
     /// Stores a leaf in `gfn`'s entry if that is still `old`, which is no table.
     #[inline(always)]
     pub fn compare_exchange(self, gfn: Gfn, old: Spte, pfn: Pfn) -> bool {
-        self.entry(gfn).compare_exchange(old.0, self.leaf(pfn).0, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.entry(gfn)
+            .compare_exchange(old.0, self.leaf(pfn).0, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
     }
 
     fn points_to_table(self, gfn: Gfn) -> bool {
@@ -322,7 +352,9 @@ impl<'a, F: Format> Table<'a, F> {
             let gfn = Gfn(index as u64 * self.level.pages());
             match self.next(gfn, Ordering::Relaxed) {
                 Ok(next) => next.clear_leaves(level),
-                Err(_) if self.level == level => self.entry(gfn).store(F::EMPTY.0, Ordering::Relaxed),
+                Err(_) if self.level == level => {
+                    self.entry(gfn).store(F::EMPTY.0, Ordering::Relaxed)
+                }
                 Err(_) => {}
             }
         }

@@ -15,10 +15,12 @@ use parking_lot::Mutex;
 use std::ptr::NonNull;
 use tdp_arch::{Gfn, Level, Pfn};
 use x86_64::structures::paging::mapper::{
-    MapToError, MappedFrame, MappedPageTable, Mapper, PageTableFrameMapping, Translate, TranslateResult,
+    MapToError, MappedFrame, MappedPageTable, Mapper, PageTableFrameMapping, Translate,
+    TranslateResult,
 };
 use x86_64::structures::paging::{
-    FrameAllocator, Page, PageSize, PageTable, PageTableFlags, PhysFrame, Size1GiB, Size2MiB, Size4KiB,
+    FrameAllocator, Page, PageSize, PageTable, PageTableFlags, PhysFrame, Size1GiB, Size2MiB,
+    Size4KiB,
 };
 use x86_64::{PhysAddr, VirtAddr};
 
@@ -42,7 +44,9 @@ struct Frames(Arena);
 unsafe impl FrameAllocator<Size4KiB> for Frames {
     fn allocate_frame(&mut self) -> Option<PhysFrame> {
         let page = self.0.take_zeroed()?;
-        Some(PhysFrame::containing_address(PhysAddr::new_truncate(page.as_ptr().expose_provenance() as u64)))
+        Some(PhysFrame::containing_address(PhysAddr::new_truncate(
+            page.as_ptr().expose_provenance() as u64,
+        )))
     }
 }
 
@@ -60,8 +64,9 @@ pub struct X86 {
     backing: Backing,
 }
 
-const FLAGS: PageTableFlags =
-    PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).union(PageTableFlags::USER_ACCESSIBLE);
+const FLAGS: PageTableFlags = PageTableFlags::PRESENT
+    .union(PageTableFlags::WRITABLE)
+    .union(PageTableFlags::USER_ACCESSIBLE);
 
 impl X86 {
     /// An empty table.
@@ -75,7 +80,10 @@ impl X86 {
         // SAFETY: a zeroed page is an empty table; it is borrowed by the mapper alone, which `State` drops before the
         // arena. `Identity` is the mapping that `Frames` uses.
         let mapper = unsafe { MappedPageTable::new(&mut *root.as_ptr(), Identity) };
-        Ok(Self { state: Mutex::new(State { mapper, frames }), backing: setup.backing })
+        Ok(Self {
+            state: Mutex::new(State { mapper, frames }),
+            backing: setup.backing,
+        })
     }
 }
 
@@ -106,7 +114,10 @@ impl State {
     where
         MappedPageTable<'static, Identity>: Mapper<S>,
     {
-        if let Ok((_, flush)) = self.mapper.unmap(Page::<S>::containing_address(address(gfn))) {
+        if let Ok((_, flush)) = self
+            .mapper
+            .unmap(Page::<S>::containing_address(address(gfn)))
+        {
             flush.ignore();
         }
     }
@@ -144,7 +155,12 @@ impl Contender for X86 {
     }
 
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
-        let TranslateResult::Mapped { frame, offset, flags } = self.state.lock().mapper.translate(address(gfn)) else {
+        let TranslateResult::Mapped {
+            frame,
+            offset,
+            flags,
+        } = self.state.lock().mapper.translate(address(gfn))
+        else {
             return None;
         };
         let level = match frame {
@@ -154,6 +170,10 @@ impl Contender for X86 {
         };
         let pfn = Pfn((frame.start_address().as_u64() + offset) >> 12);
         let permitted = flags.contains(FLAGS) && !flags.contains(PageTableFlags::NO_EXECUTE);
-        Some(Translation { pfn, level, permitted })
+        Some(Translation {
+            pfn,
+            level,
+            permitted,
+        })
     }
 }

@@ -106,15 +106,25 @@ impl Checks {
     pub(super) fn verdict(&self) -> Result<(), Error> {
         let mut wrong = Vec::new();
         if self.mismatched != 0 {
-            wrong.push(format!("{} of {} translations are wrong", self.mismatched, self.translated));
+            wrong.push(format!(
+                "{} of {} translations are wrong",
+                self.mismatched, self.translated
+            ));
         }
         if self.leaked_frames != 0 {
             wrong.push(format!("{} table frames leaked", self.leaked_frames));
         }
         if self.baselines_mismatched != 0 {
-            wrong.push(format!("{} translations of baselines are wrong", self.baselines_mismatched));
+            wrong.push(format!(
+                "{} translations of baselines are wrong",
+                self.baselines_mismatched
+            ));
         }
-        if wrong.is_empty() { Ok(()) } else { Err(Error::Check(wrong.join(", "))) }
+        if wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Check(wrong.join(", ")))
+        }
     }
 }
 
@@ -131,7 +141,10 @@ fn pairs(result: &FormatResult) -> Vec<(String, &LaneResult, &LaneResult)> {
     let theirs = result.lanes.iter().filter(|lane| lane.label.name != OURS);
     theirs
         .flat_map(|lane| match lane.label.name {
-            "floor" => vec![("floor".to_owned(), lane, Work::Fault), ("floor_map".to_owned(), lane, Work::Map)],
+            "floor" => vec![
+                ("floor".to_owned(), lane, Work::Fault),
+                ("floor_map".to_owned(), lane, Work::Map),
+            ],
             name => vec![(name.to_owned(), lane, lane.label.work)],
         })
         .filter_map(|(name, lane, work)| ours(result, work).map(|ours| (name, lane, ours)))
@@ -140,17 +153,25 @@ fn pairs(result: &FormatResult) -> Vec<(String, &LaneResult, &LaneResult)> {
 
 impl Ratios {
     fn new(results: &[FormatResult]) -> Self {
-        let mut ratios =
-            Self { headline: ByName::new(), by_format: BTreeMap::new(), of_minima: BTreeMap::new() };
+        let mut ratios = Self {
+            headline: ByName::new(),
+            by_format: BTreeMap::new(),
+            of_minima: BTreeMap::new(),
+        };
         for result in results {
             let format = result.format.to_owned();
             for (name, theirs, ours) in pairs(result) {
                 for (theirs, ours) in theirs.laps.iter().zip(&ours.laps) {
-                    let (vcpus, theirs, ours) = (ours.vcpus, theirs.per_operation(), ours.per_operation());
+                    let (vcpus, theirs, ours) =
+                        (ours.vcpus, theirs.per_operation(), ours.per_operation());
                     let ratio = paired_ratio(&theirs, &ours);
                     let of_minima = minimum(&theirs) / minimum(&ours);
                     let put = |into: &mut BTreeMap<String, BTreeMap<usize, ByName>>, ratio| {
-                        into.entry(format.clone()).or_default().entry(vcpus).or_default().insert(name.clone(), ratio);
+                        into.entry(format.clone())
+                            .or_default()
+                            .entry(vcpus)
+                            .or_default()
+                            .insert(name.clone(), ratio);
                     };
                     put(&mut ratios.by_format, ratio);
                     put(&mut ratios.of_minima, of_minima);
@@ -159,7 +180,11 @@ impl Ratios {
         }
         for courses in ratios.by_format.values() {
             for (name, ratio) in headline(courses) {
-                ratios.headline.entry(name).and_modify(|least| *least = least.min(ratio)).or_insert(ratio);
+                ratios
+                    .headline
+                    .entry(name)
+                    .and_modify(|least| *least = least.min(ratio))
+                    .or_insert(ratio);
             }
         }
         ratios
@@ -168,18 +193,31 @@ impl Ratios {
 
 /// One format's part of the headline.
 fn headline(courses: &BTreeMap<usize, ByName>) -> ByName {
-    let (Some((_, one)), Some((_, all))) = (courses.first_key_value(), courses.last_key_value()) else {
+    let (Some((_, one)), Some((_, all))) = (courses.first_key_value(), courses.last_key_value())
+    else {
         return ByName::new();
     };
     all.iter()
-        .map(|(name, ratio)| (name.clone(), if name.starts_with("floor") { one[name] } else { *ratio }))
+        .map(|(name, ratio)| {
+            (
+                name.clone(),
+                if name.starts_with("floor") {
+                    one[name]
+                } else {
+                    *ratio
+                },
+            )
+        })
         .collect()
 }
 
 /// Throughput of all vCPUs over that of one, both by the wall clock.
 fn scaling(lane: &LaneResult) -> Option<f64> {
     match lane.laps.as_slice() {
-        [one, .., all] => Some(paired_ratio(&one.wall_per_operation(), &all.wall_per_operation())),
+        [one, .., all] => Some(paired_ratio(
+            &one.wall_per_operation(),
+            &all.wall_per_operation(),
+        )),
         _ => None,
     }
 }
@@ -191,14 +229,21 @@ impl<'a> Body<'a> {
                 .iter()
                 .flat_map(|result| result.lanes.iter().map(move |lane| (result.format, lane)))
                 .filter(|(_, lane)| (lane.label.name == OURS) == ours)
-                .flat_map(|(format, lane)| lane.laps.iter().map(move |laps| row(format, lane, laps)))
+                .flat_map(|(format, lane)| {
+                    lane.laps.iter().map(move |laps| row(format, lane, laps))
+                })
                 .collect()
         };
         let scaling = results
             .iter()
             .map(|result| {
                 let lanes = result.lanes.iter();
-                (result.format, lanes.filter_map(|lane| Some((title(lane), scaling(lane)?))).collect())
+                (
+                    result.format,
+                    lanes
+                        .filter_map(|lane| Some((title(lane), scaling(lane)?)))
+                        .collect(),
+                )
             })
             .collect();
         Self {
@@ -206,7 +251,10 @@ impl<'a> Body<'a> {
                 vcpus: args.vcpus,
                 bytes_per_vcpu: args.bytes,
                 page_bytes: plan.backing.level.bytes(),
-                overlap: args.overlap.and_then(|o: Overlap| o.to_possible_value()).map(|v| v.get_name().to_owned()),
+                overlap: args
+                    .overlap
+                    .and_then(|o: Overlap| o.to_possible_value())
+                    .map(|v| v.get_name().to_owned()),
                 random: args.random,
                 seed: args.seed,
                 formats: results.iter().map(|result| result.format).collect(),
@@ -220,12 +268,20 @@ impl<'a> Body<'a> {
             baselines: rows(false),
             ratios: Ratios::new(results),
             scaling,
-            memory: results.iter().filter_map(|result| Some((result.format, memory(plan, result)?))).collect(),
+            memory: results
+                .iter()
+                .filter_map(|result| Some((result.format, memory(plan, result)?)))
+                .collect(),
             checks: Checks {
                 translated: results.iter().map(|result| result.checked.translated).sum(),
                 mismatched: results.iter().map(|result| result.checked.mismatched).sum(),
-                leaked_frames: results.iter().fold(0, |sum, result| sum.saturating_add(result.leaked)),
-                baselines_mismatched: results.iter().map(|result| result.baselines_mismatched).sum(),
+                leaked_frames: results
+                    .iter()
+                    .fold(0, |sum, result| sum.saturating_add(result.leaked)),
+                baselines_mismatched: results
+                    .iter()
+                    .map(|result| result.baselines_mismatched)
+                    .sum(),
             },
         }
     }
@@ -238,7 +294,10 @@ fn row<'a>(format: &'a str, lane: &'a LaneResult, laps: &'a Laps) -> Row<'a> {
         format,
         operation: lane.label.work,
         tables: lane.label.tables,
-        ns_per_operation: Figures { median: median(&ns), min: minimum(&ns) },
+        ns_per_operation: Figures {
+            median: median(&ns),
+            min: minimum(&ns),
+        },
         operations_per_second: 1e9 / median(&ns),
         laps,
     }
@@ -249,7 +308,11 @@ fn memory(plan: &Plan, result: &FormatResult) -> Option<Memory> {
     let entries = plan.backing.gfns.pages() / plan.backing.level.pages();
     let entry_bytes = entries.div_ceil(ENTRIES_PER_TABLE as u64) * PAGE_SIZE;
     let ratio = (footprint.table_bytes + footprint.metadata_bytes) as f64 / entry_bytes as f64;
-    Some(Memory { footprint, entry_bytes, ratio })
+    Some(Memory {
+        footprint,
+        entry_bytes,
+        ratio,
+    })
 }
 
 /// A lane's name where several of the library's stand side by side.
@@ -263,12 +326,15 @@ fn title(lane: &LaneResult) -> String {
 
 /// Prints the readable part.
 pub(super) fn tell(output: &Output, plan: &Plan, results: &[FormatResult]) {
-    let vcpus = plan.courses.last().map_or(1, |circuit| circuit.course.orders.len());
+    let vcpus = plan
+        .courses
+        .last()
+        .map_or(1, |circuit| circuit.course.orders.len());
     for result in results {
         output.say(format_args!(
             "\n{}: {} MiB in pages of {}, {vcpus} vCPUs; nanoseconds a page, median of rounds (fastest)",
             result.format,
-            plan.backing.gfns.pages() * PAGE_SIZE >> 20,
+            (plan.backing.gfns.pages() * PAGE_SIZE) >> 20,
             crate::size::show(plan.backing.level.bytes()),
         ));
         table(output, result, vcpus);
@@ -300,15 +366,25 @@ fn table(output: &Output, result: &FormatResult, vcpus: usize) {
     let rows = result.lanes.iter().map(|lane| {
         let ratio = |course: usize| {
             // The floor's own line compares it with the library's map, which does as much of the work.
-            let pair = pairs.iter().rfind(|(_, theirs, _)| std::ptr::eq(*theirs, lane));
+            let pair = pairs
+                .iter()
+                .rfind(|(_, theirs, _)| std::ptr::eq(*theirs, lane));
             pair.map_or_else(String::new, |(_, theirs, ours)| {
-                let (theirs, ours) = (theirs.laps[course].per_operation(), ours.laps[course].per_operation());
+                let (theirs, ours) = (
+                    theirs.laps[course].per_operation(),
+                    ours.laps[course].per_operation(),
+                );
                 format!("{:.2}", paired_ratio(&theirs, &ours))
             })
         };
         let mut cells = vec![
             title(lane),
-            if lane.label.work == Work::Fault { "fault" } else { "map" }.to_owned(),
+            if lane.label.work == Work::Fault {
+                "fault"
+            } else {
+                "map"
+            }
+            .to_owned(),
             figures(&lane.laps[0]),
             ratio(0),
         ];
@@ -337,10 +413,26 @@ fn selftest_lines(output: &Output, result: &FormatResult) {
     let lane = result.lanes.iter().find(|lane| {
         lane.label.name == OURS && lane.label.work == Work::Fault && lane.label.tables == "fresh"
     });
-    let Some(laps) = lane.and_then(|lane| lane.laps.last()) else { return };
-    let seconds = median(&laps.wall_ns.iter().map(|ns| *ns as f64 / 1e9).collect::<Vec<_>>());
+    let Some(laps) = lane.and_then(|lane| lane.laps.last()) else {
+        return;
+    };
+    let seconds = median(
+        &laps
+            .wall_ns
+            .iter()
+            .map(|ns| *ns as f64 / 1e9)
+            .collect::<Vec<_>>(),
+    );
     let overall = laps.operations as f64 / seconds;
     output.say(format_args!("Total guest execution time:\t{seconds:.9}s"));
-    output.say(format_args!("Per-vcpu demand paging rate:\t{:.6} pgs/sec/vcpu", overall / laps.vcpus as f64));
-    output.say(format_args!("Overall demand paging rate:\t{overall:.6} pgs/sec"));
+    output.say(format_args!(
+        "Per-vcpu demand paging rate:\t{:.6} pgs/sec/vcpu",
+        overall / laps.vcpus as f64
+    ));
+    output.say(format_args!(
+        "Overall demand paging rate:\t{overall:.6} pgs/sec"
+    ));
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use super::plan::{Circuit, Plan};
 use super::{Against, Args};
+use crate::baseline::Setup;
 use crate::baseline::floor::Floor;
 use crate::baseline::host::Backing;
 use crate::baseline::multiarch::MultiArch;
@@ -9,7 +10,6 @@ use crate::baseline::mutex::OneMutex;
 use crate::baseline::rwlock::ReaderWriter;
 use crate::baseline::table_lock::TableLock;
 use crate::baseline::x86::X86;
-use crate::baseline::Setup;
 use crate::ours::{BareMap, OurSetup, Ours, Tables, Walked, WholeFault};
 use crate::race::{self, Contender, Footprint, Laps, Translation};
 use crate::report::{Error, Progress};
@@ -121,10 +121,17 @@ fn check<C: Contender>(contender: &C, backing: &Backing, mapped_to: Gfn) -> Chec
             let first = Gfn(backing.gfns.start.0 + number * page);
             let mapped = first < mapped_to;
             let right = [first, Gfn(first.0 + page - 1)].into_iter().all(|gfn| {
-                let expected = Translation { pfn: backing.pfn_of(gfn), level: backing.level, permitted: true };
+                let expected = Translation {
+                    pfn: backing.pfn_of(gfn),
+                    level: backing.level,
+                    permitted: true,
+                };
                 contender.translate(gfn) == mapped.then_some(expected)
             });
-            Checked { translated: u64::from(mapped), mismatched: u64::from(!right) }
+            Checked {
+                translated: u64::from(mapped),
+                mismatched: u64::from(!right),
+            }
         })
         .reduce(Checked::default, |a, b| Checked {
             translated: a.translated + b.translated,
@@ -153,8 +160,15 @@ impl Lane {
         contender: Result<C, Error>,
     ) -> Result<Self, Error> {
         let contender = contender?;
-        let vcpus = plan.courses.iter().map(|circuit| circuit.course.orders.len()).max().unwrap_or(0);
-        let workers = (0..vcpus).map(|_| contender.worker().map(Padded)).collect::<Result<_, _>>()?;
+        let vcpus = plan
+            .courses
+            .iter()
+            .map(|circuit| circuit.course.orders.len())
+            .max()
+            .unwrap_or(0);
+        let workers = (0..vcpus)
+            .map(|_| contender.worker().map(Padded))
+            .collect::<Result<_, _>>()?;
         let mut seat = Box::new(Seated { contender, workers });
         for circuit in &plan.courses {
             seat.lap(circuit)?;
@@ -164,45 +178,132 @@ impl Lane {
             Tables::Warm => "warm",
             Tables::Fresh => "fresh",
         };
-        let laps = plan.courses.iter().map(|circuit| Laps::of(&circuit.course)).collect();
-        Ok(Self { label: Label { name, work, tables }, seat, laps })
+        let laps = plan
+            .courses
+            .iter()
+            .map(|circuit| Laps::of(&circuit.course))
+            .collect();
+        Ok(Self {
+            label: Label { name, work, tables },
+            seat,
+            laps,
+        })
     }
 }
 
 /// Seats the library and the contenders asked for.
 fn lanes<F: Walked, const ROOT: u8>(args: &Args, plan: &Plan) -> Result<Vec<Lane>, Error> {
     use Tables::{Fresh, Warm};
-    let ours =
-        OurSetup { backing: plan.backing, root: plan.root, frames: plan.frames, huge: args.huge_pool };
-    let theirs = Setup { backing: plan.backing, huge: args.huge_pool };
+    let ours = OurSetup {
+        backing: plan.backing,
+        root: plan.root,
+        frames: plan.frames,
+        huge: args.huge_pool,
+    };
+    let theirs = Setup {
+        backing: plan.backing,
+        huge: args.huge_pool,
+    };
     let mut lanes = vec![
-        Lane::new(plan, OURS, Work::Fault, Warm, Ours::<F, WholeFault>::new(ours, Warm))?,
-        Lane::new(plan, OURS, Work::Map, Warm, Ours::<F, BareMap>::new(ours, Warm))?,
-        Lane::new(plan, OURS, Work::Fault, Fresh, Ours::<F, WholeFault>::new(ours, Fresh))?,
-        Lane::new(plan, OURS, Work::Map, Fresh, Ours::<F, BareMap>::new(ours, Fresh))?,
+        Lane::new(
+            plan,
+            OURS,
+            Work::Fault,
+            Warm,
+            Ours::<F, WholeFault>::new(ours, Warm),
+        )?,
+        Lane::new(
+            plan,
+            OURS,
+            Work::Map,
+            Warm,
+            Ours::<F, BareMap>::new(ours, Warm),
+        )?,
+        Lane::new(
+            plan,
+            OURS,
+            Work::Fault,
+            Fresh,
+            Ours::<F, WholeFault>::new(ours, Fresh),
+        )?,
+        Lane::new(
+            plan,
+            OURS,
+            Work::Map,
+            Fresh,
+            Ours::<F, BareMap>::new(ours, Fresh),
+        )?,
     ];
     if args.runs(Against::Floor) {
         let name = "floor";
         lanes.push(match plan.backing.level {
-            Level::L1 => Lane::new(plan, name, Work::Map, Warm, Floor::<F, ROOT, 1>::new(&theirs)),
-            Level::L2 => Lane::new(plan, name, Work::Map, Warm, Floor::<F, ROOT, 2>::new(&theirs)),
-            _ => Lane::new(plan, name, Work::Map, Warm, Floor::<F, ROOT, 3>::new(&theirs)),
+            Level::L1 => Lane::new(
+                plan,
+                name,
+                Work::Map,
+                Warm,
+                Floor::<F, ROOT, 1>::new(&theirs),
+            ),
+            Level::L2 => Lane::new(
+                plan,
+                name,
+                Work::Map,
+                Warm,
+                Floor::<F, ROOT, 2>::new(&theirs),
+            ),
+            _ => Lane::new(
+                plan,
+                name,
+                Work::Map,
+                Warm,
+                Floor::<F, ROOT, 3>::new(&theirs),
+            ),
         }?);
     }
     if args.runs(Against::Mutex) {
-        lanes.push(Lane::new(plan, "mutex", Work::Fault, Warm, OneMutex::<F, ROOT>::new(&theirs))?);
+        lanes.push(Lane::new(
+            plan,
+            "mutex",
+            Work::Fault,
+            Warm,
+            OneMutex::<F, ROOT>::new(&theirs),
+        )?);
     }
     if args.runs(Against::Rwlock) {
-        lanes.push(Lane::new(plan, "rwlock", Work::Fault, Warm, ReaderWriter::<F, ROOT>::new(&theirs))?);
+        lanes.push(Lane::new(
+            plan,
+            "rwlock",
+            Work::Fault,
+            Warm,
+            ReaderWriter::<F, ROOT>::new(&theirs),
+        )?);
     }
     if args.runs(Against::TableLock) {
-        lanes.push(Lane::new(plan, "table_lock", Work::Fault, Warm, TableLock::<F, ROOT>::new(&theirs))?);
+        lanes.push(Lane::new(
+            plan,
+            "table_lock",
+            Work::Fault,
+            Warm,
+            TableLock::<F, ROOT>::new(&theirs),
+        )?);
     }
     if args.runs(Against::PageTableMultiarch) {
-        lanes.push(Lane::new(plan, "page_table_multiarch", Work::Map, Warm, MultiArch::new(&theirs))?);
+        lanes.push(Lane::new(
+            plan,
+            "page_table_multiarch",
+            Work::Map,
+            Warm,
+            MultiArch::new(&theirs),
+        )?);
     }
     if args.runs(Against::X86) {
-        lanes.push(Lane::new(plan, "x86_64", Work::Map, Warm, X86::new(&theirs))?);
+        lanes.push(Lane::new(
+            plan,
+            "x86_64",
+            Work::Map,
+            Warm,
+            X86::new(&theirs),
+        )?);
     }
     Ok(lanes)
 }
@@ -217,7 +318,10 @@ pub(super) fn steps(args: &Args, plan: &Plan) -> u64 {
         Against::PageTableMultiarch,
         Against::X86,
     ];
-    let lanes = 4 + baselines.into_iter().filter(|&baseline| args.runs(baseline)).count();
+    let lanes = 4 + baselines
+        .into_iter()
+        .filter(|&baseline| args.runs(baseline))
+        .count();
     (lanes * plan.courses.len()) as u64 * u64::from(args.rounds)
 }
 
@@ -225,7 +329,11 @@ pub(super) fn steps(args: &Args, plan: &Plan) -> u64 {
 /// it is. More threads than processors cannot but disturb each other.
 fn undisturbed(seat: &mut dyn Seat, circuit: &Circuit) -> Result<race::Lap, Error> {
     let processors = std::thread::available_parallelism().map_or(1, Into::into);
-    let attempts = if circuit.course.orders.len() > processors { 1 } else { ATTEMPTS };
+    let attempts = if circuit.course.orders.len() > processors {
+        1
+    } else {
+        ATTEMPTS
+    };
     let mut lap = seat.lap(circuit)?;
     for _ in 1..attempts {
         if lap.preemptions == 0 {
@@ -262,7 +370,8 @@ pub(super) fn run<F: Walked, const ROOT: u8>(
                     result.checked.mismatched += checked.mismatched;
                     result.footprint = lane.seat.footprint();
                 } else if round == args.rounds {
-                    result.baselines_mismatched += lane.seat.check(&plan.backing, circuit.end).mismatched;
+                    result.baselines_mismatched +=
+                        lane.seat.check(&plan.backing, circuit.end).mismatched;
                 }
                 lane.seat.reset()?;
                 progress.step(format!("{} {}, round {round}", F::NAME, lane.label.name));
@@ -271,7 +380,13 @@ pub(super) fn run<F: Walked, const ROOT: u8>(
     }
     for lane in lanes {
         result.leaked = result.leaked.saturating_add(lane.seat.leaked());
-        result.lanes.push(LaneResult { label: lane.label, laps: lane.laps });
+        result.lanes.push(LaneResult {
+            label: lane.label,
+            laps: lane.laps,
+        });
     }
     Ok(result)
 }
+
+#[cfg(test)]
+mod tests;

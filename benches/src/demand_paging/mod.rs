@@ -96,7 +96,13 @@ pub struct Args {
     huge_pool: bool,
 
     /// Contenders to run beside the library
-    #[arg(long, value_enum, value_name = "WHICH,…", value_delimiter = ',', default_value = "all")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHICH,…",
+        value_delimiter = ',',
+        default_value = "all"
+    )]
     against: Vec<Against>,
 }
 
@@ -170,7 +176,8 @@ impl Args {
 /// [`Error::Check`] if a translation was wrong or a frame was lost.
 pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
     let plan = Plan::new(args)?;
-    let formats = u64::from(args.format.includes::<Ept>()) + u64::from(args.format.includes::<Npt>());
+    let formats =
+        u64::from(args.format.includes::<Ept>()) + u64::from(args.format.includes::<Npt>());
     let progress = output.progress(formats * lanes::steps(args, &plan));
     let mut results = Vec::new();
     if args.format.includes::<Ept>() {

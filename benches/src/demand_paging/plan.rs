@@ -42,7 +42,7 @@ impl Plan {
     pub(super) fn new(args: &Args) -> Result<Self, Error> {
         let level = args.backing.level();
         let vcpus = usize::from(args.vcpus);
-        if args.bytes % level.bytes() != 0 {
+        if !args.bytes.is_multiple_of(level.bytes()) {
             return Err(Error::Usage(format!(
                 "-b {}: is not a multiple of the page size, {} (-s)",
                 show(args.bytes),
@@ -50,25 +50,47 @@ impl Plan {
             )));
         }
         if !args.cpus.is_empty() && args.cpus.len() < vcpus {
-            return Err(Error::Usage(format!("-c names {} processors for {vcpus} vCPUs (-v)", args.cpus.len())));
+            return Err(Error::Usage(format!(
+                "-c names {} processors for {vcpus} vCPUs (-v)",
+                args.cpus.len()
+            )));
         }
-        let root = if args.levels == 5 { Level::L5 } else { Level::L4 };
+        let root = if args.levels == 5 {
+            Level::L5
+        } else {
+            Level::L4
+        };
         // Neither a guest frame number nor the host's may need more bits than there are.
-        let limit = root.gfn_limit().0.min(1 << (MAX_PHYSICAL_BITS - PAGE_SHIFT)) - HOST_OFFSET;
+        let limit = root
+            .gfn_limit()
+            .0
+            .min(1 << (MAX_PHYSICAL_BITS - PAGE_SHIFT))
+            - HOST_OFFSET;
         let pages = u64::from(args.vcpus) * (args.bytes / PAGE_SIZE);
-        let gfns = GfnRange::new(GUEST_START, pages).filter(|range| range.end.0 <= limit).ok_or_else(|| {
-            Error::Usage(format!(
-                "-v {vcpus} -b {}: does not fit the addresses of {} levels (--levels)",
-                show(args.bytes),
-                args.levels
-            ))
-        })?;
-        let backing = Backing { gfns, pfn: Pfn(GUEST_START.0 + HOST_OFFSET), level };
+        let gfns = GfnRange::new(GUEST_START, pages)
+            .filter(|range| range.end.0 <= limit)
+            .ok_or_else(|| {
+                Error::Usage(format!(
+                    "-v {vcpus} -b {}: does not fit the addresses of {} levels (--levels)",
+                    show(args.bytes),
+                    args.levels
+                ))
+            })?;
+        let backing = Backing {
+            gfns,
+            pfn: Pfn(GUEST_START.0 + HOST_OFFSET),
+            level,
+        };
         let mut courses = vec![Circuit::new(args, level, 1)?];
         if vcpus > 1 {
             courses.push(Circuit::new(args, level, vcpus)?);
         }
-        Ok(Self { backing, root, courses, frames: frames(args, gfns, level, root)? })
+        Ok(Self {
+            backing,
+            root,
+            courses,
+            frames: frames(args, gfns, level, root)?,
+        })
     }
 }
 
@@ -83,7 +105,11 @@ fn frames(args: &Args, gfns: GfnRange, level: Level, root: Level) -> Result<usiz
     if bytes > available {
         return Err(Error::run(
             "frame pool",
-            format!("{} of tables do not fit the {} MiB of memory that are free", show(bytes), available >> 20),
+            format!(
+                "{} of tables do not fit the {} MiB of memory that are free",
+                show(bytes),
+                available >> 20
+            ),
         ));
     }
     usize::try_from(frames).map_err(|e| Error::run("frame pool", e))
@@ -107,17 +133,28 @@ impl Circuit {
                 }
             })
             .collect::<Result<_, _>>()?;
-        let course = Course { base: GUEST_START, page, orders, cpus: args.cpus.clone() };
-        Ok(Self { course, end: Gfn(GUEST_START.0 + total * page.pages()) })
+        let course = Course {
+            base: GUEST_START,
+            page,
+            orders,
+            cpus: args.cpus.clone(),
+        };
+        Ok(Self {
+            course,
+            end: Gfn(GUEST_START.0 + total * page.pages()),
+        })
     }
 }
 
 /// The pages of a stride in an order that follows from `seed`.
 fn shuffled(first: u64, step: u64, count: u64, seed: u64) -> Result<Order, Error> {
-    let too_many = |e: Box<dyn std::error::Error + Send + Sync>| Error::run(format!("-a with {count} pages a vCPU"), e);
+    let too_many = |e: Box<dyn std::error::Error + Send + Sync>| {
+        Error::run(format!("-a with {count} pages a vCPU"), e)
+    };
     let length = usize::try_from(count).map_err(|e| too_many(e.into()))?;
     let mut list = Vec::new();
-    list.try_reserve_exact(length).map_err(|e| too_many(e.into()))?;
+    list.try_reserve_exact(length)
+        .map_err(|e| too_many(e.into()))?;
     for i in 0..count {
         list.push(u32::try_from(first + i * step).map_err(|e| too_many(e.into()))?);
     }
@@ -151,13 +188,18 @@ mod tests {
     }
 
     fn plan(line: &str) -> Result<Plan, Error> {
-        Plan::new(&Line::try_parse_from(std::iter::once("x").chain(line.split_whitespace())).unwrap().args)
+        Plan::new(
+            &Line::try_parse_from(std::iter::once("x").chain(line.split_whitespace()))
+                .unwrap()
+                .args,
+        )
     }
 
     /// How often each page is touched on the last course.
     fn touches(plan: &Plan) -> Vec<u32> {
         let circuit = plan.courses.last().unwrap();
-        let mut counts = vec![0; ((circuit.end.0 - GUEST_START.0) / plan.backing.level.pages()) as usize];
+        let mut counts =
+            vec![0; ((circuit.end.0 - GUEST_START.0) / plan.backing.level.pages()) as usize];
         for order in &circuit.course.orders {
             match order {
                 Order::Stride { first, step, count } => {
@@ -175,7 +217,10 @@ mod tests {
             for (overlap, times) in [("", 1), ("-o=regions", 1), ("-o", 3), ("-o=pages", 3)] {
                 for size in ["-s 4k -b 1M", "-s 2m -b 64M"] {
                     let plan = plan(&format!("-v 3 {size} {overlap} {random}")).unwrap();
-                    assert!(touches(&plan).iter().all(|&n| n == times), "{overlap} {random} {size}");
+                    assert!(
+                        touches(&plan).iter().all(|&n| n == times),
+                        "{overlap} {random} {size}"
+                    );
                     assert_eq!(plan.courses.last().unwrap().end, plan.backing.gfns.end);
                 }
             }

@@ -9,9 +9,6 @@ use tdp::{
     SoftwareHost, TlbTracker,
 };
 
-/// Table frames that one replay may use at a time.
-const FRAMES: usize = 1 << 16;
-
 /// See the module.
 #[derive(Debug)]
 pub struct TraceHost {
@@ -22,6 +19,9 @@ pub struct TraceHost {
 }
 
 impl TraceHost {
+    /// Table frames that one replay may use at a time.
+    pub const FRAMES: usize = 1 << 16;
+
     /// A host with table frames of its own, at the far end of physical memory, where no recorded frame lies. How many
     /// of them are still in use when it goes away is told to `left`.
     ///
@@ -29,8 +29,8 @@ impl TraceHost {
     ///
     /// If there is no memory for the frames.
     pub fn new(left: Arc<OnceLock<usize>>) -> Result<Self, PoolError> {
-        let base = Pfn((1 << (PHYSICAL_BITS - tdp::PAGE_SIZE.trailing_zeros())) - FRAMES as u64);
-        let pool = MmapPool::new(PoolConfig { frames: FRAMES, base, huge_pages: false })?;
+        let base = Pfn((1 << (PHYSICAL_BITS - tdp::PAGE_SIZE.trailing_zeros())) - Self::FRAMES as u64);
+        let pool = MmapPool::new(PoolConfig { frames: Self::FRAMES, base, huge_pages: false })?;
         Ok(Self { inner: SoftwareHost::new(pool), answer: Mutex::new(None), left })
     }
 

@@ -1,16 +1,181 @@
-//! Placeholder that only keeps the crate compiling until the replay scenario is written.
+//! `replay`: recorded page faults of real KVM guests, fed to software vCPUs and to the library.
+//!
+//! What a recording is: `NAME.trace.jsonl` holds, in the order of the kernel's global trace counter, the events of
+//! KVM's two-dimensional MMU while a guest ran (faults, the host's answers, every changed entry, what the host took
+//! back), and `NAME.scenario.json` what user space asked for meanwhile (memory slots and the like). The way of a line:
+//!
+//! ```text
+//! source   the file, plain or compressed, as lines
+//! trace    a line as an event, checked                       scenario   the operations that it refers to
+//! story    events as steps: what to do, when                 expect     the tables as they must have stood
+//! driver   steps executed on the library, each one checked   findings   what differs, counted
+//! ```
+//!
+//! The library is given the host's recorded answers and must then do by itself what KVM did: which frames are mapped,
+//! at which level, to which host frame, after every fault and every operation. Sweeps that it does not have yet are
+//! counted as `not_yet`, never as matched, and their effect is copied from the record.
 
+use crate::formats::FormatChoice;
 use crate::report::{Error, Output};
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tdp::{Ept, Npt};
 
-/// Replays recorded guest page faults.
+pub mod driver;
+pub mod expect;
+pub mod findings;
+pub mod host;
+mod pending;
+pub mod processor;
+pub mod scenario;
+pub mod source;
+pub mod spte;
+mod stamps;
+pub mod step;
+pub mod story;
+pub mod trace;
+
+use driver::Driver;
+use findings::{Findings, Summary};
+use processor::Processor;
+use story::Story;
+use trace::{Event, Line};
+
+/// Differences that are printed.
+const PRINTED: usize = 20;
+
+/// Feed recorded page faults of real KVM guests to software vCPUs and compare what gets mapped
+///
+/// Each guest access of a recording is made on a software vCPU, its fault is resolved by the library with the host's
+/// recorded answer, and the access is made again. After each, the library must map what KVM mapped: guest frame, host
+/// frame and level. Whatever differs is listed and fails the run.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+#[command(after_help = "\
+Columns: 'matched' faults went as recorded; 'not yet' ones belong to a sweep that the library does not have yet (dirty
+logging, aging, ...); 'unexplained' counts everything that differs.
+
+Examples:
+  tdp-bench replay benches/testdata                       everything below a folder
+  tdp-bench replay boot_4k.trace.jsonl.zst -f both        a Linux boot on both formats
+  tdp-bench replay traces --limit-faults 10000 --json -   the first faults of each trace")]
+pub struct Args {
+    /// Traces (NAME.trace.jsonl or NAME.trace.jsonl.zst, with NAME.scenario.json beside it) or folders of them
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Stop each trace after its first N faults
+    #[arg(long, value_name = "N")]
+    limit_faults: Option<NonZeroU64>,
+    /// Entry format of the library's tables; recordings are of NPT
+    #[arg(short, long, value_enum, default_value = "npt")]
+    format: FormatChoice,
+}
 
 /// Runs the scenario.
 ///
 /// # Errors
 ///
-/// Always: not written yet.
-pub fn run(_args: &Args, _output: &Output) -> Result<(), Error> {
-    Err(Error::Usage("replay: not written yet".to_owned()))
+/// If a file cannot be read or is not a trace, or if anything differs from the record.
+pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
+    let traces = source::find(&args.paths)?;
+    let limit = args.limit_faults.map(NonZeroU64::get);
+    let progress = output.progress(traces.len() as u64);
+    let mut summary = Summary::default();
+    for path in &traces {
+        progress.step(path.display().to_string());
+        if args.format.includes::<Npt>() {
+            summary.add(replay::<Npt>(path, limit)?);
+        }
+        if args.format.includes::<Ept>() {
+            summary.add(replay::<Ept>(path, limit)?);
+        }
+    }
+    drop(progress);
+    show(output, &summary);
+    output.finish("replay", &summary)?;
+    verdict(&summary)
+}
+
+/// Replays one trace on one format, up to `limit` faults.
+///
+/// # Errors
+///
+/// If the trace or its scenario cannot be read or makes no sense, or the library runs out of table frames. The text
+/// names the file and the line.
+pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings, Error> {
+    let scenario = source::scenario(path)?;
+    let mut lines = source::Lines::open(path)?;
+    let findings = Findings {
+        name: scenario.name.clone(),
+        path: path.display().to_string(),
+        format: F::NAME.to_owned(),
+        ..Findings::default()
+    };
+    let mut driver = Driver::<F>::new(scenario.mmio_caching, findings);
+    let mut story = Story::new(scenario);
+    let start = Instant::now();
+    let (mut events, mut faults, mut cut) = (0, 0, false);
+    loop {
+        let number = lines.number() + 1;
+        let at = |error: driver::Stop| Error::run(format!("{}:{number}", path.display()), error);
+        let Some(text) = lines.next_line().map_err(|e| at(e.into()))? else { break };
+        let line = Line::parse(text).map_err(|e| at(e.into()))?;
+        faults += u64::from(matches!(line.event, Event::PageFault { .. }));
+        cut = limit.is_some_and(|limit| faults > limit);
+        if cut {
+            break;
+        }
+        events += 1;
+        story.feed(&line).map_err(|e| at(e.into()))?;
+        for step in story.take_steps() {
+            driver.execute(&step, story.expected()).map_err(at)?;
+        }
+    }
+    let at = |error| Error::run(format!("{}: at its end", path.display()), error);
+    if events == 0 {
+        return Err(at("the trace is empty".into()));
+    }
+    story.finish(cut);
+    for step in story.take_steps() {
+        driver.execute(&step, story.expected()).map_err(at)?;
+    }
+    let mut findings = driver.finish();
+    findings.events = events;
+    findings.nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    Ok(findings)
+}
+
+fn show(output: &Output, summary: &Summary) {
+    let header = ["scenario", "faults", "matched", "not yet", "unexplained", "operations", "not yet", "leaked", "ms"];
+    let rows = summary.scenarios.iter().map(|found| {
+        let name = format!("{} ({})", found.name, found.format);
+        let figures = [
+            found.faults,
+            found.matched,
+            found.not_yet,
+            found.unexplained,
+            found.operations.total,
+            found.operations.not_yet,
+            found.leaked_frames,
+            found.nanoseconds / 1_000_000,
+        ];
+        std::iter::once(name).chain(figures.map(|figure| figure.to_string()))
+    });
+    output.table(&header, rows);
+    let Summary { faults, matched, not_yet, unexplained, .. } = summary;
+    output.say(format_args!("{faults} faults: {matched} matched, {not_yet} not yet; {unexplained} unexplained"));
+    let differences = summary.scenarios.iter().flat_map(|found| found.differences.iter().map(move |d| (found, d)));
+    for (found, difference) in differences.take(PRINTED) {
+        output.say(format_args!("{} ({}): {difference}", found.name, found.format));
+    }
+}
+
+fn verdict(summary: &Summary) -> Result<(), Error> {
+    if summary.unexplained > 0 {
+        return Err(Error::Check(format!("{} unexplained differences from the record", summary.unexplained)));
+    }
+    if summary.leaked_frames > 0 {
+        return Err(Error::Check(format!("{} table frames leaked", summary.leaked_frames)));
+    }
+    Ok(())
 }

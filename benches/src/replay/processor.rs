@@ -24,7 +24,7 @@ pub trait Processor: Format {
     fn walker(root: Level) -> Result<Self::Walker, ConfigError>;
 
     /// A report of a failed `access`, decoded as an embedder would.
-    fn decode(report: Self::Report, access: GuestAccess) -> FaultCode;
+    fn code_of(report: Self::Report, access: GuestAccess) -> FaultCode;
 
     /// Whether the report is the recorded one, bit for bit as far as both formats can say.
     fn is_reported(report: Self::Report, recorded: Code) -> bool;
@@ -38,7 +38,7 @@ impl Processor for Npt {
         NptWalker::new(NptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..NptConfig::default() })
     }
 
-    fn decode(report: NptFault, _access: GuestAccess) -> FaultCode {
+    fn code_of(report: NptFault, _access: GuestAccess) -> FaultCode {
         Self::fault_code(report.exit_info_1)
     }
 
@@ -57,7 +57,7 @@ impl Processor for Ept {
         EptWalker::new(EptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..EptConfig::default() })
     }
 
-    fn decode(report: EptFault, access: GuestAccess) -> FaultCode {
+    fn code_of(report: EptFault, access: GuestAccess) -> FaultCode {
         match report {
             EptFault::Violation(violation) => Self::fault_code(violation.qualification),
             // This exit has no qualification: the embedder knows no more than the address.

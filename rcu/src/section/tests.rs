@@ -33,7 +33,7 @@ fn a_record_has_its_lines_to_itself() {
 /// Store buffering: a section that announces itself and loads, against a retire side that stores, fences and looks.
 /// Returns in how many rounds both missed the other, which may be none.
 fn rounds_missed(mut reader: Reader, heavy: fn()) -> usize {
-    const ROUNDS: u64 = 50_000;
+    const ROUNDS: u64 = 20_000;
     let record = reader.record.clone();
     let unlinked = CachePadded::new(AtomicU64::new(0));
     let turn = [(); 2].map(|()| CachePadded::new(AtomicU64::new(0)));

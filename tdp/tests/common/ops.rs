@@ -93,7 +93,11 @@ pub(crate) enum Op {
         batch: bool,
     },
     /// An access of the guest, its fault resolved if it has one.
-    Touch { vcpu: u8, at: Place, access: u8 },
+    Touch {
+        vcpu: u8,
+        at: Place,
+        access: u8,
+    },
     Zap {
         space: u8,
         span: Span,
@@ -104,11 +108,18 @@ pub(crate) enum Op {
     /// Flushes all that is held.
     Flush,
     /// Begins an invalidation.
-    Begin { space: u8, span: Span },
+    Begin {
+        space: u8,
+        span: Span,
+    },
     /// Zaps the range of an invalidation and flushes.
-    Sweep { which: u8 },
+    Sweep {
+        which: u8,
+    },
     /// Ends an invalidation. If it was swept, its pages get other host frames first.
-    End { which: u8 },
+    End {
+        which: u8,
+    },
     Insert {
         space: u8,
         span: Span,
@@ -121,8 +132,13 @@ pub(crate) enum Op {
         /// With an id of the caller's choice.
         id: Option<u8>,
     },
-    Remove { which: u8 },
-    Move { which: u8, to: Place },
+    Remove {
+        which: u8,
+    },
+    Move {
+        which: u8,
+        to: Place,
+    },
     SetFlags {
         which: u8,
         read_only: bool,
@@ -134,14 +150,25 @@ pub(crate) enum Op {
     },
     /// Tears down what is held.
     FinishTeardown,
-    LoadRoot { vcpu: u8 },
-    SetSpace { vcpu: u8, space: u8 },
+    LoadRoot {
+        vcpu: u8,
+    },
+    SetSpace {
+        vcpu: u8,
+        space: u8,
+    },
     /// What the host answers from now on.
-    Answer { kind: u8 },
+    Answer {
+        kind: u8,
+    },
     /// What the host permits from now on.
-    Permit { perms: u8 },
+    Permit {
+        perms: u8,
+    },
     /// Whether there are frames.
-    Starve { on: bool },
+    Starve {
+        on: bool,
+    },
     Synchronize,
 }
 

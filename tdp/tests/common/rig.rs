@@ -3,8 +3,8 @@
 use super::host::{SharedPool, TestHost};
 use super::processor::{Processor, ProcessorSetup, Report, guest_access, perms};
 use tdp::{
-    Access, AdBits, Fault, Gfn, Gpa, Host, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
-    Outcome, Perms, Pfn, PoolConfig, TableMemory, TlbVcpu, Vcpu,
+    Access, AdBits, Fault, Gfn, Gpa, Host, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder, Outcome,
+    Perms, Pfn, PoolConfig, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::{ReadOnly, WalkError, Walker};

@@ -27,14 +27,18 @@ pub(crate) type Mmu = tdp::Mmu<Ept, TestHost>;
 pub(crate) type Vcpu = tdp::Vcpu<Ept, TestHost>;
 
 pub(crate) const SPACE: AddressSpaceId = AddressSpaceId(0);
-/// Two frames below the first entry of the root, and one below the second.
+/// The two frames below the first entry of the root.
 pub(crate) const A: Gfn = Gfn(0);
 pub(crate) const B: Gfn = Gfn(1);
-pub(crate) const FAR: Gfn = Gfn(512);
 /// All frames that the models use.
 pub(crate) const ALL: Range<Gfn> = Gfn(0)..Gfn(1024);
-/// The frames below the first entry of the root.
+/// The frames below the first entry of the root: a zap of them unlinks the table.
 pub(crate) const FIRST: Range<Gfn> = Gfn(0)..Gfn(512);
+
+/// One frame.
+pub(crate) fn only(gfn: Gfn) -> Range<Gfn> {
+    gfn..Gfn(gfn.0 + 1)
+}
 
 /// Host frames that back the guest from frame 0 on, before and after the host has switched them. Aligned, so that large
 /// leaves are possible.

@@ -18,8 +18,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use tdp::{
     AdBits, AddressSpaceId, Fault, Flushed, Gfn, GfnRange, Gpa, Invalidation, Level, LoadedRoot,
-    Lookup, Mapping, MmuError, PendingFlush, Perms, Pfn, RootTeardown, SlotFlags,
-    SlotId, Vcpu,
+    Lookup, Mapping, MmuError, PendingFlush, Perms, Pfn, RootTeardown, SlotFlags, SlotId, Vcpu,
 };
 
 /// vCPUs of a run.

@@ -82,10 +82,7 @@ impl<F: Processor> Run<'_, F> {
                 let frames = first..first + range.pages();
                 self.given_away.push(frames.clone());
                 let script = self.rig.host().script();
-                let moved = script
-                    .moved
-                    .range(frames)
-                    .map(|(_, pfn)| pfn.0..pfn.0 + 1);
+                let moved = script.moved.range(frames).map(|(_, pfn)| pfn.0..pfn.0 + 1);
                 self.given_away.extend(moved);
             }
         }

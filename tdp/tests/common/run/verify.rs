@@ -42,16 +42,16 @@ impl<F: Processor> Run<'_, F> {
                 "leaf in space {space}: guest frame, level, host frame, permissions"
             );
             assert_eq!(
-                (
-                    leaf.spte.0 & F::ACCESSED != 0,
-                    leaf.spte.0 & F::DIRTY != 0
-                ),
+                (leaf.spte.0 & F::ACCESSED != 0, leaf.spte.0 & F::DIRTY != 0),
                 (flat.accessed, flat.dirty),
                 "accessed and dirty bits of {leaf:?}"
             );
         });
         let missing = expected.next();
-        assert!(missing.is_none(), "{missing:x?} in space {space} is missing");
+        assert!(
+            missing.is_none(),
+            "{missing:x?} in space {space} is missing"
+        );
     }
 
     /// Frames to look at: around `at`, and at the ends of some leaves.

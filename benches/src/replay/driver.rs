@@ -1,0 +1,465 @@
+//! Executes the steps of a story on the library and checks every one of them.
+//!
+//! Protocol. The recorded guest's accesses are made on software vCPUs, which walk the library's own tables and keep
+//! what they cached until the library's flush reaches them: each access must meet what the recorded tables held, each
+//! fault must end as recorded, and the access made again must then reach the recorded page. What differs is noted, and
+//! the library is brought back into the recorded state, so that one difference is told once.
+
+use super::expect::{Expected, Space};
+use super::findings::{Difference, Findings, Mapped};
+use super::host::TraceHost;
+use super::processor::{PHYSICAL_BITS, Processor};
+use super::scenario::Region;
+use super::spte::Leaf;
+use super::step::{Fault, GuestAccess, Meets, NotYet, Operation, Recorded, SlotChange, Step};
+use super::trace::{ADDRESS_SPACES, SpaceRange};
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use tdp::{
+    Access, AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mapping, Mmu, MmuError, Outcome, Perms,
+    Pfn, Slot, SlotError, SlotFlags, SlotId, TableMemory, TlbVcpu, Vcpu,
+};
+use tdp_arch::cpu::SoftwareVcpu;
+use tdp_arch::walker::WalkError;
+
+/// What stops a replay.
+pub type Stop = Box<dyn std::error::Error + Send + Sync>;
+
+/// A recorded vCPU.
+struct Cpu<F: Processor> {
+    vcpu: Vcpu<F, TraceHost>,
+    processor: Box<SoftwareVcpu<F::Walker>>,
+    tlb: TlbVcpu,
+    /// Root that the processor has loaded.
+    generation: u64,
+    /// What the processor reported at the last access.
+    reported: Option<FaultCode>,
+    /// The last access did not meet what it should have.
+    astray: bool,
+}
+
+/// The library with its vCPUs.
+struct Machine<F: Processor> {
+    vcpus: BTreeMap<Option<u32>, Cpu<F>>,
+    /// Maps what is copied from the record.
+    hand: Vcpu<F, TraceHost>,
+    mmu: Mmu<F, TraceHost>,
+}
+
+/// See the module.
+pub struct Driver<F: Processor> {
+    machine: Option<Machine<F>>,
+    root: Level,
+    mmio_caching: bool,
+    slots: BTreeMap<(u8, u32), Region>,
+    left: Vec<Arc<OnceLock<usize>>>,
+    findings: Findings,
+}
+
+fn space(as_id: u8) -> AddressSpaceId {
+    AddressSpaceId(as_id)
+}
+
+impl<F: Processor> Driver<F> {
+    /// A driver with nothing mapped; `findings` names the scenario.
+    pub fn new(mmio_caching: bool, findings: Findings) -> Self {
+        let (root, slots, left) = (Level::L4, BTreeMap::new(), Vec::new());
+        Self { machine: None, root, mmio_caching, slots, left, findings }
+    }
+
+    /// Executes a step.
+    ///
+    /// # Errors
+    ///
+    /// If the library cannot go on: no table frame is left, or a bad configuration.
+    pub fn execute(&mut self, step: &Step, expected: &Expected) -> Result<(), Stop> {
+        match step {
+            &Step::Root(level) => self.set_root(level, expected)?,
+            Step::Slot(change) => self.slot(change)?,
+            Step::InvalidateRoots => self.machine()?.mmu.invalidate_roots().finish(),
+            Step::Invalidate(ranges) => self.invalidate(ranges)?,
+            Step::Access(access) => self.access(access)?,
+            Step::Fault(fault) => self.fault(fault, expected)?,
+            &Step::NotYetFault { reason, ahead, .. } => self.findings.fault_not_yet(reason, ahead),
+            &Step::NotYetOperation(reason) => self.not_yet(reason),
+            Step::Sync(range) => self.sync(range, expected)?,
+            Step::Verify { seq, operation, ranges } => {
+                let matched = self.verify(*seq, ranges, expected)?;
+                self.findings.operation(*operation, matched);
+            }
+            &Step::Compare { seq } => self.compare(seq, expected)?,
+            Step::Teardown { seq, leaves } => self.teardown(*seq, leaves)?,
+            &Step::Contradiction { seq, contradiction } => self.findings.differs((seq, contradiction).into()),
+        }
+        Ok(())
+    }
+
+    /// Drops everything and tells what was found.
+    pub fn finish(mut self) -> Findings {
+        if let Some(machine) = self.machine.take() {
+            let peak = machine.mmu.host().frames().peak();
+            self.findings.peak_frames = self.findings.peak_frames.max(peak as u64);
+        }
+        // A host that is still there has leaked as a whole.
+        let leaked = self.left.iter().map(|left| left.get().copied().unwrap_or(TraceHost::FRAMES) as u64);
+        self.findings.leaked_frames = leaked.sum();
+        self.findings.levels = self.root.number();
+        self.findings
+    }
+
+    // ---- the library
+
+    fn machine(&mut self) -> Result<&mut Machine<F>, Stop> {
+        if self.machine.is_none() {
+            let left = Arc::new(OnceLock::new());
+            self.left.push(left.clone());
+            let mmu = Mmu::<F, _>::builder(TraceHost::new(left)?)
+                .levels(self.root)
+                .address_spaces(ADDRESS_SPACES)
+                .physical_bits(PHYSICAL_BITS)
+                .mmio_caching(self.mmio_caching)
+                .build()?;
+            for region in self.slots.values() {
+                mmu.slots().insert(slot_of(region))?;
+            }
+            self.machine = Some(Machine { vcpus: BTreeMap::new(), hand: mmu.vcpu()?, mmu });
+        }
+        self.machine.as_mut().ok_or_else(|| "no machine".into())
+    }
+
+    /// Trees get another level: a guest with wider addresses. Everything is made anew.
+    fn set_root(&mut self, level: u8, expected: &Expected) -> Result<(), Stop> {
+        let Some(level) = Level::from_number(level).filter(|&level| level != self.root) else { return Ok(()) };
+        self.root = level;
+        if self.machine.take().is_some() {
+            for as_id in 0..ADDRESS_SPACES {
+                self.sync(&SpaceRange { as_id, start: 0, end: u64::MAX }, expected)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn gfns(&self, range: &SpaceRange) -> GfnRange {
+        let limit = self.root.gfn_limit();
+        GfnRange { start: Gfn(range.start).min(limit), end: Gfn(range.end).min(limit) }
+    }
+
+    fn slot(&mut self, change: &SlotChange) -> Result<(), Stop> {
+        let (operation, seen) = (change.operation(), self.machine.is_some());
+        let slots = &mut self.slots;
+        let region = match *change {
+            SlotChange::Insert(region) | SlotChange::Move(region) | SlotChange::Flags(region) => {
+                slots.insert((region.as_id, region.slot), region);
+                region
+            }
+            SlotChange::Remove(region) => {
+                slots.remove(&(region.as_id, region.slot));
+                region
+            }
+        };
+        // Before the first root is made there is nothing to tell the library; it gets all slots when it is made.
+        if !seen {
+            self.findings.operation(operation, true);
+            return Ok(());
+        }
+        let slots = self.machine()?.mmu.slots();
+        let (as_id, id) = (space(region.as_id), SlotId(region.slot));
+        let done: Result<(), SlotError> = match change {
+            SlotChange::Insert(region) => slots.insert(slot_of(region)).map(drop),
+            SlotChange::Remove(_) => slots.remove(as_id, id),
+            SlotChange::Move(region) => slots.move_to(as_id, id, Gfn(region.gfn)),
+            SlotChange::Flags(region) => slots.set_flags(as_id, id, flags_of(region)),
+        };
+        if let Err(error) = &done {
+            let (expected, got) = ("a slot change that KVM accepted".to_owned(), error.to_string());
+            let Region { as_id, gfn, .. } = region;
+            self.findings.note(Difference { seq: 0, as_id, gfn, level: 0, expected, got });
+        }
+        self.findings.operation(operation, done.is_ok());
+        Ok(())
+    }
+
+    fn invalidate(&mut self, ranges: &[SpaceRange]) -> Result<(), Stop> {
+        for range in ranges {
+            let gfns = self.gfns(range);
+            let mmu = &self.machine()?.mmu;
+            let invalidation = mmu.invalidate_begin(space(range.as_id), gfns);
+            let flushed = invalidation.zap().flush();
+            invalidation.end(flushed);
+        }
+        Ok(())
+    }
+
+    fn not_yet(&mut self, reason: NotYet) {
+        self.findings.operation_not_yet(Operation::Sweep, reason);
+    }
+
+    /// Copies a range from the record.
+    fn sync(&mut self, range: &SpaceRange, expected: &Expected) -> Result<(), Stop> {
+        let gfns = self.gfns(range);
+        let Machine { hand, mmu, .. } = self.machine()?;
+        mmu.zap(space(range.as_id), gfns).flush();
+        hand.set_address_space(space(range.as_id))?;
+        for leaf in expected.leaves(Space::normal(range.as_id), range.start, range.end) {
+            let mut perms = if leaf.is_executable() { Perms::RX } else { Perms::READ };
+            perms.set(Perms::WRITE, leaf.is_writable());
+            let level = Level::from_number(leaf.level).unwrap_or(Level::L1);
+            // Whether it came out as recorded shows when it is compared.
+            let _outcome = hand.map(Gfn(leaf.gfn), Mapping::memory(Pfn(leaf.pfn()), level, perms), Access::Read)?;
+        }
+        Ok(())
+    }
+
+    // ---- guests
+
+    fn cpu(&mut self, number: Option<u32>) -> Result<(&mut Cpu<F>, &Mmu<F, TraceHost>), Stop> {
+        let root = self.root;
+        let Machine { vcpus, mmu, .. } = self.machine()?;
+        let cpu = match vcpus.entry(number) {
+            std::collections::btree_map::Entry::Occupied(cpu) => cpu.into_mut(),
+            std::collections::btree_map::Entry::Vacant(place) => {
+                let mut vcpu = mmu.vcpu()?;
+                let LoadedRoot { hpa, generation, .. } = vcpu.load_root()?;
+                let processor = Box::new(SoftwareVcpu::new(F::walker(root)?, hpa));
+                let tlb = mmu.host().tlb().vcpu();
+                place.insert(Cpu { vcpu, processor, tlb, generation, reported: None, astray: false })
+            }
+        };
+        Ok((cpu, mmu))
+    }
+
+    /// A guest access: what it meets, and whether the report is the one recorded.
+    fn touch(&mut self, access: &GuestAccess) -> Result<(Meets, bool), Stop> {
+        self.findings.accesses += 1;
+        let (cpu, mmu) = self.cpu(Some(access.vcpu))?;
+        cpu.load(space(access.as_id))?;
+        if cpu.tlb.enter() {
+            cpu.processor.flush_all();
+        }
+        let memory = TableMemory::new(mmu.host().frames());
+        let guest_access = access.code.guest_access();
+        let walked = cpu.processor.access(&memory, Gpa(access.gpa), guest_access);
+        cpu.tlb.exit();
+        cpu.reported = None;
+        match walked {
+            Ok(translation) => Ok((Meets::Page { pfn: translation.hpa.pfn().0 }, true)),
+            Err(WalkError::Fault(report)) => {
+                let code = F::code_of(report, guest_access);
+                cpu.reported = Some(code);
+                Ok((Meets::decoded(code), F::is_reported(report, access.code)))
+            }
+            Err(WalkError::Abort(abort)) => Err(abort.into()),
+        }
+    }
+
+    /// The access that faulted when it was recorded.
+    fn access(&mut self, access: &GuestAccess) -> Result<(), Stop> {
+        let (met, as_reported) = self.touch(access)?;
+        let meant = Meets::reported(access.code);
+        let astray = met != access.meets || (meant == met && !as_reported);
+        if astray {
+            let GuestAccess { seq, as_id, gpa, code, meets, .. } = *access;
+            let expected = format!("{meets:?} for an access reported as {:#x}", code.0);
+            let got = if met == meets { "another report".to_owned() } else { format!("{met:?}") };
+            self.findings.note(Difference { seq, as_id, gfn: gpa >> 12, level: 0, expected, got });
+        }
+        self.cpu(Some(access.vcpu))?.0.astray = astray;
+        Ok(())
+    }
+
+    fn fault(&mut self, fault: &Fault, expected: &Expected) -> Result<(), Stop> {
+        let gfn = fault.gpa >> 12;
+        let (cpu, mmu) = self.cpu(fault.vcpu)?;
+        cpu.load(space(fault.as_id))?;
+        mmu.host().prepare(Some((gfn, fault.answer)));
+        let asked = match cpu.reported.take() {
+            Some(code) if !fault.ahead => tdp::Fault::from_code(code, Gpa(fault.gpa)),
+            _ => tdp::Fault { prefetch: fault.ahead, ..tdp::Fault::new(Gpa(fault.gpa), fault.code.access()) },
+        };
+        let outcome = cpu.vcpu.fault(asked);
+        mmu.host().prepare(None);
+        let astray = std::mem::take(&mut cpu.astray) && !fault.ahead;
+        let outcome = outcome?;
+
+        let leaf = expected.leaf_at(Space::normal(fault.as_id), gfn);
+        let as_recorded = match (fault.recorded, outcome) {
+            (Recorded::Mapped, Outcome::Fixed { level }) => leaf.is_some_and(|leaf| leaf.level == level.number()),
+            (Recorded::Unchanged, Outcome::Spurious)
+            | (Recorded::Retried, Outcome::Retry(_) | Outcome::Spurious)
+            | (Recorded::Mmio, Outcome::Mmio { .. })
+            | (Recorded::Failed, Outcome::MemoryFault(_)) => true,
+            _ => false,
+        };
+        if !as_recorded {
+            let (seq, as_id, level) = (fault.seq, fault.as_id, leaf.map_or(0, |leaf| leaf.level));
+            let (expected, got) = (format!("{:?}", fault.recorded), format!("{outcome:?}"));
+            self.findings.note(Difference { seq, as_id, gfn, level, expected, got });
+        }
+        let maps = self.maps(fault.seq, fault.as_id, gfn, leaf)?;
+        let reached = maps && self.reaches(fault, leaf, expected)?;
+        let matched = as_recorded && reached && !astray;
+        self.findings.fault(fault.recorded, fault.ahead, matched);
+        if !maps {
+            self.repair(fault.as_id, gfn, leaf, expected)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the library maps `gfn` by `leaf`.
+    fn maps(&mut self, seq: u64, as_id: u8, gfn: u64, leaf: Option<Leaf>) -> Result<bool, Stop> {
+        let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn)).map(Mapped::from);
+        let leaf = leaf.map(Mapped::from);
+        let same = self.compare_one(leaf, found);
+        if !same {
+            self.findings.note(Difference::mapping(seq, as_id, gfn, leaf, found));
+        }
+        Ok(same)
+    }
+
+    fn compare_one(&mut self, leaf: Option<Mapped>, found: Option<Mapped>) -> bool {
+        if let Some((leaf, found)) = leaf.zip(found) {
+            self.findings.leaves_compared += 1;
+            self.findings.permissions_differ += u64::from(leaf.is_same(&found) && leaf.writable != found.writable);
+        }
+        match (leaf, found) {
+            (Some(leaf), Some(found)) => leaf.is_same(&found),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the access, made again, meets the page, or the MMIO entry that was recorded.
+    fn reaches(&mut self, fault: &Fault, leaf: Option<Leaf>, expected: &Expected) -> Result<bool, Stop> {
+        let gfn = fault.gpa >> 12;
+        let meets = match (fault.recorded, leaf) {
+            (Recorded::Mapped | Recorded::Unchanged, Some(leaf)) => Meets::Page { pfn: leaf.pfn() + (gfn - leaf.gfn) },
+            (Recorded::Mmio, None) if expected.is_mmio(Space::normal(fault.as_id), gfn) => Meets::Mmio,
+            _ => return Ok(true),
+        };
+        let Fault { seq, as_id, gpa, code, .. } = *fault;
+        let Some(vcpu) = fault.vcpu else { return Ok(true) };
+        let (met, _) = self.touch(&GuestAccess { seq, vcpu, as_id, gpa, code, meets })?;
+        if met != meets {
+            let (expected, got) = (format!("{meets:?} for the access made again"), format!("{met:?}"));
+            let level = leaf.map_or(1, |leaf| leaf.level);
+            self.findings.note(Difference { seq, as_id, gfn, level, expected, got });
+        }
+        Ok(met == meets)
+    }
+
+    /// After a difference, brings the library back into the recorded state around `gfn`.
+    fn repair(&mut self, as_id: u8, gfn: u64, leaf: Option<Leaf>, expected: &Expected) -> Result<(), Stop> {
+        let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn));
+        let mut range = SpaceRange { as_id, start: gfn, end: gfn + 1 };
+        for (start, end) in found
+            .map(|leaf| (leaf.gfn.0, leaf.gfn.0 + leaf.level.pages()))
+            .into_iter()
+            .chain(leaf.map(|leaf| (leaf.gfn, leaf.end())))
+        {
+            (range.start, range.end) = (range.start.min(start), range.end.max(end));
+        }
+        self.sync(&range, expected)
+    }
+
+    // ---- everything mapped
+
+    /// Whether the library maps in `ranges` what is recorded. Differences are noted and repaired.
+    fn verify(&mut self, seq: u64, ranges: &[SpaceRange], expected: &Expected) -> Result<bool, Stop> {
+        let mut same = true;
+        for range in ranges {
+            let leaves = expected.leaves(Space::normal(range.as_id), range.start, range.end);
+            let leaves: Vec<Mapped> = leaves.map(Mapped::from).collect();
+            let differing = self.compare_range(seq, range, &leaves)?;
+            same &= differing.is_empty();
+            for range in differing {
+                self.sync(&range, expected)?;
+            }
+        }
+        Ok(same)
+    }
+
+    /// Compares what the library maps in `range` with `leaves`. Returns what differs, after noting it.
+    fn compare_range(&mut self, seq: u64, range: &SpaceRange, leaves: &[Mapped]) -> Result<Vec<SpaceRange>, Stop> {
+        let gfns = self.gfns(range);
+        let mut found = Vec::with_capacity(leaves.len());
+        self.machine()?.mmu.visit_leaves(space(range.as_id), gfns, |leaf| found.push(Mapped::from(leaf)));
+        let (mut leaves, mut found) = (leaves.iter().copied().peekable(), found.into_iter().peekable());
+        let mut differing = Vec::new();
+        while let Some(first) = leaves.peek().into_iter().chain(found.peek()).map(|mapped| mapped.gfn).min() {
+            let leaf = leaves.next_if(|mapped| mapped.gfn == first);
+            let found = found.next_if(|mapped| mapped.gfn == first);
+            if !self.compare_one(leaf, found) {
+                self.findings.note(Difference::mapping(seq, range.as_id, first, leaf, found));
+                let level = leaf.into_iter().chain(found).map(|mapped| mapped.level).max().unwrap_or(1);
+                let pages = Level::from_number(level).map_or(1, Level::pages);
+                differing.push(SpaceRange { as_id: range.as_id, start: first, end: first + pages });
+            }
+        }
+        Ok(differing)
+    }
+
+    fn compare(&mut self, seq: u64, expected: &Expected) -> Result<(), Stop> {
+        self.findings.comparisons += 1;
+        let mut counted = [0; 3];
+        for as_id in 0..ADDRESS_SPACES {
+            let leaves: Vec<Mapped> = expected.all_leaves(Space::normal(as_id)).map(Mapped::from).collect();
+            for leaf in &leaves {
+                if let Some(count) = counted.get_mut(usize::from(leaf.level) - 1) {
+                    *count += 1;
+                }
+            }
+            let everything = SpaceRange { as_id, start: 0, end: u64::MAX };
+            let differing = self.compare_range(seq, &everything, &leaves)?;
+            self.findings.unexplained += differing.len() as u64;
+            for range in differing {
+                self.sync(&range, expected)?;
+            }
+        }
+        let pages = self.machine()?.mmu.stats().pages;
+        if pages != counted {
+            let (expected, got) = (format!("{counted:?} leaves by level"), format!("{pages:?} in the statistics"));
+            self.findings.differs(Difference { seq, as_id: 0, gfn: 0, level: 0, expected, got });
+        }
+        Ok(())
+    }
+
+    fn teardown(&mut self, seq: u64, leaves: &[(u8, Leaf)]) -> Result<(), Stop> {
+        let mut same = true;
+        for as_id in 0..ADDRESS_SPACES {
+            let own = leaves.iter().filter(|(space, _)| *space == as_id);
+            let own: Vec<Mapped> = own.map(|&(_, leaf)| leaf.into()).collect();
+            same &= self.compare_range(seq, &SpaceRange { as_id, start: 0, end: u64::MAX }, &own)?.is_empty();
+        }
+        self.findings.operation(Operation::Teardown, same);
+        self.machine()?.mmu.invalidate_roots().finish();
+        Ok(())
+    }
+}
+
+impl<F: Processor> Cpu<F> {
+    /// Loads the root to enter the guest with.
+    fn load(&mut self, as_id: AddressSpaceId) -> Result<(), MmuError> {
+        let root = if self.vcpu.address_space() == as_id {
+            self.vcpu.load_root()?
+        } else {
+            self.vcpu.set_address_space(as_id)?
+        };
+        self.processor.set_root(root.hpa);
+        if std::mem::replace(&mut self.generation, root.generation) != root.generation {
+            self.processor.flush_all();
+        }
+        Ok(())
+    }
+}
+
+fn slot_of(region: &Region) -> Slot<()> {
+    let gfns = Gfn(region.gfn)..Gfn(region.gfn + region.pages);
+    Slot::new(gfns, ()).in_space(space(region.as_id)).with_id(SlotId(region.slot)).with_flags(flags_of(region))
+}
+
+fn flags_of(region: &Region) -> SlotFlags {
+    let mut flags = SlotFlags::empty();
+    flags.set(SlotFlags::READ_ONLY, region.read_only);
+    flags.set(SlotFlags::LOG_DIRTY, region.log_dirty);
+    flags
+}

@@ -1,0 +1,262 @@
+//! What a replay found, for the table, the JSON and the exit code.
+//!
+//! A fault or an operation is counted once: as *matched* if the library did what was recorded, as *not yet* if it
+//! belongs to a sweep that the library does not have yet, as *unexplained* otherwise. Differences that belong to no
+//! single one of them (found when everything mapped is compared, or in a trace that contradicts itself) are unexplained
+//! as well.
+
+use super::expect::Contradiction;
+use super::spte::Leaf;
+use super::step::{NotYet, Operation, Recorded};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Differences of one scenario that are kept.
+const KEPT: usize = 100;
+
+/// How often something went how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    /// In all.
+    pub total: u64,
+    /// As recorded.
+    pub matched: u64,
+    /// Of no meaning before the library has the sweep that it belongs to.
+    pub not_yet: u64,
+    /// Otherwise.
+    pub unexplained: u64,
+}
+
+impl Tally {
+    /// Counts one that could be compared.
+    pub fn count(&mut self, matched: bool) {
+        self.total += 1;
+        if matched { self.matched += 1 } else { self.unexplained += 1 }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.total += other.total;
+        self.matched += other.matched;
+        self.not_yet += other.not_yet;
+        self.unexplained += other.unexplained;
+    }
+}
+
+/// Something that differs from the record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// Position in the trace.
+    pub seq: u64,
+    /// Address space.
+    pub as_id: u8,
+    /// Guest frame.
+    #[serde(serialize_with = "hexadecimal")]
+    pub gfn: u64,
+    /// Level of what is expected, or else of what was found; 0 if of neither.
+    pub level: u8,
+    /// What the trace says.
+    pub expected: String,
+    /// What the library did.
+    pub got: String,
+}
+
+fn hexadecimal<S: serde::Serializer>(gfn: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{gfn:#x}"))
+}
+
+impl Difference {
+    /// A difference about what maps a frame.
+    pub fn mapping(seq: u64, as_id: u8, gfn: u64, expected: Option<Mapped>, got: Option<Mapped>) -> Self {
+        let level = expected.or(got).map_or(0, |mapped| mapped.level);
+        let show = |mapped: Option<Mapped>| mapped.map_or_else(|| "nothing mapped".to_owned(), |m| m.to_string());
+        Self { seq, as_id, gfn, level, expected: show(expected), got: show(got) }
+    }
+}
+
+impl From<(u64, Contradiction)> for Difference {
+    fn from((seq, contradiction): (u64, Contradiction)) -> Self {
+        let Contradiction { as_id, level, gfn, what } = contradiction;
+        Self { seq, as_id, gfn, level, expected: "a trace that agrees with itself".to_owned(), got: what.to_string() }
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seq, as_id, gfn, level, expected, got } = self;
+        write!(f, "seq {seq}, as_id {as_id}, gfn {gfn:#x}, level {level}: expected {expected}, got {got}")
+    }
+}
+
+/// A leaf, as far as it is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// First guest frame.
+    pub gfn: u64,
+    /// 1 to 3.
+    pub level: u8,
+    /// First host frame.
+    pub pfn: u64,
+    /// The guest may write.
+    pub writable: bool,
+}
+
+impl Mapped {
+    /// Whether both map the same memory alike. Permissions beyond that are the sweeps' business.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.gfn, self.level, self.pfn) == (other.gfn, other.level, other.pfn)
+    }
+}
+
+impl From<Leaf> for Mapped {
+    fn from(leaf: Leaf) -> Self {
+        Self { gfn: leaf.gfn, level: leaf.level, pfn: leaf.pfn(), writable: leaf.is_writable() }
+    }
+}
+
+impl From<tdp::Leaf> for Mapped {
+    fn from(leaf: tdp::Leaf) -> Self {
+        let writable = leaf.perms.contains(tdp::Perms::WRITE);
+        Self { gfn: leaf.gfn.0, level: leaf.level.number(), pfn: leaf.pfn.0, writable }
+    }
+}
+
+impl fmt::Display for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { gfn, level, pfn, writable } = self;
+        let writable = if *writable { "writable" } else { "read-only" };
+        write!(f, "level {level} gfn {gfn:#x} -> pfn {pfn:#x} {writable}")
+    }
+}
+
+/// What the replay of one trace on one format found.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Findings {
+    /// Name of the scenario.
+    pub name: String,
+    /// The file.
+    pub path: String,
+    /// The format.
+    pub format: String,
+    /// Levels of the tree.
+    pub levels: u8,
+    /// Events read.
+    pub events: u64,
+    /// Guest page faults replayed: matched, not yet and unexplained together.
+    pub faults: u64,
+    /// Faults that went as recorded.
+    pub matched: u64,
+    /// Faults that belong to a sweep.
+    pub not_yet: u64,
+    /// Everything that differs: faults, operations, what was mapped, the trace itself.
+    pub unexplained: u64,
+    /// Faults by how they went.
+    pub faults_by_outcome: BTreeMap<Recorded, Tally>,
+    /// Faults that belong to a sweep, by which.
+    pub faults_not_yet: BTreeMap<NotYet, u64>,
+    /// Operations on the MMU.
+    pub operations: Tally,
+    /// The same by kind.
+    pub operations_by_kind: BTreeMap<Operation, Tally>,
+    /// Operations that belong to a sweep, by which.
+    pub operations_not_yet: BTreeMap<NotYet, u64>,
+    /// Guest accesses made on software vCPUs.
+    pub accesses: u64,
+    /// Times that everything mapped was compared.
+    pub comparisons: u64,
+    /// Leaves that were compared, in all.
+    pub leaves_compared: u64,
+    /// Leaves that map the same memory, but of which only one may be written: what sweeps and their policies decide.
+    pub permissions_differ: u64,
+    /// Most table frames in use at a time.
+    pub peak_frames: u64,
+    /// Table frames that were still in use after everything was dropped.
+    pub leaked_frames: u64,
+    /// How long it took.
+    pub nanoseconds: u64,
+    /// The first differences.
+    pub differences: Vec<Difference>,
+}
+
+impl Findings {
+    /// Notes a difference that belongs to a fault or an operation, which is counted by itself.
+    pub fn note(&mut self, difference: Difference) {
+        if self.differences.len() < KEPT {
+            self.differences.push(difference);
+        }
+    }
+
+    /// Notes and counts a difference of its own.
+    pub fn differs(&mut self, difference: Difference) {
+        self.unexplained += 1;
+        self.note(difference);
+    }
+
+    /// Counts a fault, or what was mapped ahead, that was compared.
+    pub fn fault(&mut self, recorded: Recorded, ahead: bool, matched: bool) {
+        if ahead {
+            return self.operation(Operation::PreFault, matched);
+        }
+        self.faults += 1;
+        if matched { self.matched += 1 } else { self.unexplained += 1 }
+        self.faults_by_outcome.entry(recorded).or_default().count(matched);
+    }
+
+    /// Counts a fault, or what was mapped ahead, that belongs to a sweep.
+    pub fn fault_not_yet(&mut self, reason: NotYet, ahead: bool) {
+        if ahead {
+            return self.operation_not_yet(Operation::PreFault, reason);
+        }
+        self.faults += 1;
+        self.not_yet += 1;
+        *self.faults_not_yet.entry(reason).or_default() += 1;
+    }
+
+    /// Counts an operation that was compared.
+    pub fn operation(&mut self, operation: Operation, matched: bool) {
+        self.unexplained += u64::from(!matched);
+        self.operations.count(matched);
+        self.operations_by_kind.entry(operation).or_default().count(matched);
+    }
+
+    /// Counts an operation that belongs to a sweep.
+    pub fn operation_not_yet(&mut self, operation: Operation, reason: NotYet) {
+        for tally in [&mut self.operations, self.operations_by_kind.entry(operation).or_default()] {
+            tally.total += 1;
+            tally.not_yet += 1;
+        }
+        *self.operations_not_yet.entry(reason).or_default() += 1;
+    }
+}
+
+/// The JSON.
+#[derive(Debug, Default, Serialize)]
+pub struct Summary {
+    /// Guest page faults replayed.
+    pub faults: u64,
+    /// Those that went as recorded.
+    pub matched: u64,
+    /// Those that belong to a sweep that the library does not have yet.
+    pub not_yet: u64,
+    /// Everything that differs.
+    pub unexplained: u64,
+    /// Operations on the MMU.
+    pub operations: Tally,
+    /// Table frames that were not given back.
+    pub leaked_frames: u64,
+    /// One entry for each trace and format.
+    pub scenarios: Vec<Findings>,
+}
+
+impl Summary {
+    /// Adds what one replay found.
+    pub fn add(&mut self, findings: Findings) {
+        self.faults += findings.faults;
+        self.matched += findings.matched;
+        self.not_yet += findings.not_yet;
+        self.unexplained += findings.unexplained;
+        self.operations.add(&findings.operations);
+        self.leaked_frames += findings.leaked_frames;
+        self.scenarios.push(findings);
+    }
+}
