@@ -341,7 +341,7 @@ fn misconfiguration_and_absence_come_before_permissions() {
     );
 }
 
-/// 24.6.11: bits 51:12 of EPTP locate the root; the others have other meanings.
+/// 25.6.11: bits 51:12 of EPTP locate the root; the others have other meanings.
 #[test]
 fn low_bits_of_the_root_pointer_are_not_address() {
     let memory = memory_with(GPA, &[7, 7, 7, PAGE | WB | 7]);

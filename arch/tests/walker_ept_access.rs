@@ -202,7 +202,7 @@ fn accessed_and_dirty_flags() {
     }
 }
 
-/// 24.6.11: with EPTP bit 6 clear no flag is written or reported, set or not.
+/// 25.6.11: with EPTP bit 6 clear no flag is written or reported, set or not.
 #[test]
 fn without_the_control_no_flag_is_touched() {
     let entries = [7, 7, 7, PAGE | WB | A | D | 7];

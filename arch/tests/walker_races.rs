@@ -135,7 +135,10 @@ impl Shared {
 
 impl PhysicalMemory for Shared {
     fn load(&self, hpa: Hpa) -> Option<u64> {
-        self.words().get(hpa.0 as usize / 8).copied()
+        let value = self.words().get(hpa.0 as usize / 8).copied();
+        // Time for the other thread between a load and the update that rests on it.
+        std::thread::yield_now();
+        value
     }
 
     fn compare_exchange(&self, hpa: Hpa, current: u64, new: u64) -> Result<(), u64> {

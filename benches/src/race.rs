@@ -7,8 +7,14 @@
 //! * one vCPU is charged its thread's processor time, which the rest of the machine disturbs less than wall time;
 //!   many vCPUs are charged the wall time from the first start to the last end, divided by all operations;
 //! * contenders take turns, round by round, in one process; a slow spell of the machine meets all of them alike;
+//! * threads that are to be in the same place at the same time meet between the legs of their orders; what the meetings
+//!   take is in everybody's figures alike;
 //! * a lap tells how often a thread of it was taken off its processor against its will, so that whoever runs it can
 //!   repeat it. Threads that sleep on a lock go of their own will and are not counted.
+
+mod laps;
+
+pub use laps::{Laps, median, minimum, paired_ratio};
 
 use crate::report::Error;
 use crate::sync::{AtomicUsize, Ordering, Padded};
@@ -92,15 +98,18 @@ pub struct Translation {
     pub permitted: bool,
 }
 
-/// The pages that one thread resolves, in its order.
+/// The pages that one thread resolves, in its order: leg by leg. No thread begins a leg before all have ended the one
+/// before, so every order of a course has as many.
 #[derive(Clone, Debug)]
-pub enum Order {
-    /// `count` pages from the `first`-th, every `step`-th.
-    Stride {
+pub struct Order(pub Vec<Leg>);
+
+/// Pages that are resolved without waiting for anybody.
+#[derive(Clone, Debug)]
+pub enum Leg {
+    /// `count` pages from the `first`-th on.
+    Run {
         /// Number of the first page.
         first: u64,
-        /// Pages from one to the next.
-        step: u64,
         /// How many.
         count: u64,
     },
@@ -108,10 +117,10 @@ pub enum Order {
     List(Vec<u32>),
 }
 
-impl Order {
+impl Leg {
     fn len(&self) -> u64 {
         match self {
-            Self::Stride { count, .. } => *count,
+            Self::Run { count, .. } => *count,
             Self::List(list) => list.len() as u64,
         }
     }
@@ -133,7 +142,11 @@ pub struct Course {
 impl Course {
     /// Operations in a lap.
     pub fn operations(&self) -> u64 {
-        self.orders.iter().map(Order::len).sum()
+        self.orders
+            .iter()
+            .flat_map(|order| &order.0)
+            .map(Leg::len)
+            .sum()
     }
 
     #[inline(always)]
@@ -153,22 +166,30 @@ pub struct Lap {
     pub preemptions: u64,
 }
 
-/// Where threads wait for each other before the clock starts. They spin: a thread that has to be woken starts late.
-struct StartLine {
-    missing: AtomicUsize,
+/// Where threads wait for each other: before the clock starts, and between legs. They spin, because a thread that has to
+/// be woken starts late.
+struct Meeting {
+    threads: usize,
+    arrivals: AtomicUsize,
 }
 
-impl StartLine {
+/// More arrivals than any number of waits can ask for.
+const GONE: usize = 1 << 48;
+
+impl Meeting {
     fn new(threads: usize) -> Self {
         Self {
-            missing: AtomicUsize::new(threads),
+            threads,
+            arrivals: AtomicUsize::new(0),
         }
     }
 
-    fn wait(&self) {
-        self.missing.fetch_sub(1, Ordering::AcqRel);
+    /// Waits until all have come to their `n`-th meeting, counted from 0.
+    #[inline]
+    fn wait(&self, n: usize) {
+        self.arrivals.fetch_add(1, Ordering::AcqRel);
         let mut spins = 0_u32;
-        while self.missing.load(Ordering::Acquire) != 0 {
+        while self.arrivals.load(Ordering::Acquire) < (n + 1) * self.threads {
             // With more threads than processors the others need this one's.
             spins += 1;
             if spins.is_multiple_of(1024) {
@@ -177,6 +198,16 @@ impl StartLine {
                 std::hint::spin_loop();
             }
         }
+    }
+}
+
+/// A thread's promise to come to the meetings. When it goes, whatever the reason, nobody waits for it any more.
+struct Attendance<'a>(&'a Meeting);
+
+impl Drop for Attendance<'_> {
+    fn drop(&mut self) {
+        // Those who came to all meetings change nothing by this: their arrivals are counted already.
+        self.0.arrivals.fetch_max(GONE, Ordering::AcqRel);
     }
 }
 
@@ -198,15 +229,15 @@ pub fn lap<C: Contender>(
         workers.len() >= course.orders.len(),
         "a worker for every order"
     );
-    let line = StartLine::new(course.orders.len());
+    let meeting = Meeting::new(course.orders.len());
     let runs: Vec<Result<Run, Error>> = std::thread::scope(|scope| {
         let threads: Vec<_> = workers
             .iter_mut()
             .zip(&course.orders)
             .enumerate()
             .map(|(i, (worker, order))| {
-                let (line, cpu) = (&line, course.cpus.get(i).copied());
-                scope.spawn(move || run(contender, &mut worker.0, course, order, cpu, line))
+                let (meeting, cpu) = (&meeting, course.cpus.get(i).copied());
+                scope.spawn(move || run(contender, &mut worker.0, course, order, cpu, meeting))
             })
             .collect();
         threads
@@ -245,17 +276,16 @@ fn run<C: Contender>(
     course: &Course,
     order: &Order,
     cpu: Option<usize>,
-    line: &StartLine,
+    meeting: &Meeting,
 ) -> Result<Run, Error> {
-    let pinned = cpu.map_or(Ok(()), |cpu| {
-        sys::pin(cpu).map_err(|e| Error::Usage(format!("--cpus {cpu}: cannot run there: {e}")))
-    });
-    // Whoever fails must still cross the line, or the others wait for ever.
-    line.wait();
-    pinned?;
+    let _attendance = Attendance(meeting);
+    if let Some(cpu) = cpu {
+        sys::pin(cpu).map_err(|e| Error::Usage(format!("--cpus {cpu}: cannot run there: {e}")))?;
+    }
+    meeting.wait(0);
     let preemptions = sys::preemptions();
     let (cpu, start) = (sys::thread_time(), Instant::now());
-    let outcome = traverse(contender, worker, course, order);
+    let outcome = traverse(contender, worker, course, order, meeting);
     let end = Instant::now();
     let cpu = sys::thread_time() - cpu;
     let preemptions = sys::preemptions() - preemptions;
@@ -275,106 +305,26 @@ fn traverse<C: Contender>(
     worker: &mut C::Worker,
     course: &Course,
     order: &Order,
+    meeting: &Meeting,
 ) -> Result<(), C::Failure> {
-    match order {
-        Order::Stride { first, step, count } => {
-            let mut number = *first;
-            for _ in 0..*count {
-                black_box(contender.resolve(worker, course.gfn(number)))?;
-                number += step;
-            }
+    for (n, leg) in order.0.iter().enumerate() {
+        if n > 0 {
+            meeting.wait(n);
         }
-        Order::List(list) => {
-            for number in list {
-                black_box(contender.resolve(worker, course.gfn(u64::from(*number))))?;
+        match leg {
+            Leg::Run { first, count } => {
+                for number in *first..first + count {
+                    black_box(contender.resolve(worker, course.gfn(number)))?;
+                }
+            }
+            Leg::List(list) => {
+                for number in list {
+                    black_box(contender.resolve(worker, course.gfn(u64::from(*number))))?;
+                }
             }
         }
     }
     Ok(())
-}
-
-/// The laps of one contender on one course, round by round.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Laps {
-    /// Threads.
-    pub vcpus: usize,
-    /// Operations in a lap, of all threads together.
-    pub operations: u64,
-    /// Wall nanoseconds of each lap, in the order of the rounds.
-    pub wall_ns: Vec<u64>,
-    /// Processor nanoseconds of each lap, of all threads together.
-    pub cpu_ns: Vec<u64>,
-    /// How often threads were taken off their processors in each lap.
-    pub preemptions: Vec<u64>,
-}
-
-impl Laps {
-    /// No lap yet, of `course`.
-    pub fn of(course: &Course) -> Self {
-        Self {
-            vcpus: course.orders.len(),
-            operations: course.operations(),
-            ..Self::default()
-        }
-    }
-
-    /// Adds a lap.
-    pub fn push(&mut self, lap: Lap) {
-        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.wall_ns.push(ns(lap.wall));
-        self.cpu_ns.push(ns(lap.cpu));
-        self.preemptions.push(lap.preemptions);
-    }
-
-    /// Nanoseconds an operation, round by round, by the clock that counts for this number of threads.
-    pub fn per_operation(&self) -> Vec<f64> {
-        let clock = if self.vcpus == 1 {
-            &self.cpu_ns
-        } else {
-            &self.wall_ns
-        };
-        self.by(clock)
-    }
-
-    /// Wall nanoseconds an operation, round by round.
-    pub fn wall_per_operation(&self) -> Vec<f64> {
-        self.by(&self.wall_ns)
-    }
-
-    fn by(&self, clock: &[u64]) -> Vec<f64> {
-        clock
-            .iter()
-            .map(|ns| *ns as f64 / self.operations as f64)
-            .collect()
-    }
-}
-
-/// The middle of `values` (of an even number the mean of the two in the middle); `NAN` of none.
-pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let half = sorted.len() / 2;
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[half],
-        _ => f64::midpoint(sorted[half - 1], sorted[half]),
-    }
-}
-
-/// The smallest of `values`; `NAN` of none.
-pub fn minimum(values: &[f64]) -> f64 {
-    values.iter().copied().fold(f64::NAN, f64::min)
-}
-
-/// `theirs` over `ours`: the median over the rounds, each round's laps having run close together.
-pub fn paired_ratio(theirs: &[f64], ours: &[f64]) -> f64 {
-    median(
-        &theirs
-            .iter()
-            .zip(ours)
-            .map(|(theirs, ours)| theirs / ours)
-            .collect::<Vec<_>>(),
-    )
 }
 
 #[cfg(test)]

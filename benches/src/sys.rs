@@ -7,6 +7,10 @@
 use std::time::Duration;
 
 /// Processor time that the calling thread has used so far.
+///
+/// # Panics
+///
+/// If the system is older than Linux 2.6.12, which brought this clock.
 pub fn thread_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
@@ -14,21 +18,22 @@ pub fn thread_time() -> Duration {
     };
     // SAFETY: `time` is a valid place for the result and outlives the call.
     let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    assert_eq!(
-        failed, 0,
-        "CLOCK_THREAD_CPUTIME_ID has been in Linux since 2.6.12"
-    );
+    assert_eq!(failed, 0, "no processor clock of a thread");
     // The clock never runs below zero and its nanoseconds stay below a second.
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// How often the calling thread has been taken off its processor against its will.
+///
+/// # Panics
+///
+/// If the system is older than Linux 2.6.26, which brought this count.
 pub fn preemptions() -> u64 {
     // SAFETY: an `rusage` is made of integers, for which zero is a value.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: `usage` is a valid place for the result and outlives the call.
     let failed = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
-    assert_eq!(failed, 0, "RUSAGE_THREAD has been in Linux since 2.6.26");
+    assert_eq!(failed, 0, "no resource usage of a thread");
     usage.ru_nivcsw as u64
 }
 

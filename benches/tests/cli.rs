@@ -231,9 +231,9 @@ fn rows_are_consistent(report: &Value) {
 #[test]
 fn flags_do_what_they_say() {
     for (flags, operations) in [
-        ("-o", 2 * 2048),
+        ("-o", 2048),
+        ("-o=pages", 2 * 2048),
         ("-o=pages -a", 2 * 2048),
-        ("-o=regions", 2048),
         ("-o=regions -a -r 7", 2048),
         ("-a", 2048),
         ("--levels 5", 2048),

@@ -212,24 +212,68 @@ fn registration_against_retire() {
     });
 }
 
+/// The same against the blocking grace period, which has no fence but its own: what it does not order is not ordered.
+fn sections_against_synchronize(
+    read: impl Fn(&mut Reader, &Object) + Copy + Send + Sync + 'static,
+) {
+    let domain = domain();
+    let object = Object::new();
+    let mut reader = domain.reader();
+    let walker = thread::spawn({
+        let object = object.clone();
+        move || read(&mut reader, &object)
+    });
+    object.unlink();
+    domain.synchronize_sections();
+    object.free();
+    walker.join().unwrap();
+}
+
 #[test]
 fn section_against_synchronize_sections() {
     explore("section, section x synchronize_sections", None, || {
-        let domain = domain();
-        let object = Object::new();
-        let mut reader = domain.reader();
-        let walker = thread::spawn({
-            let object = object.clone();
-            move || {
-                object.walk_in_section(&reader.enter());
-                object.walk_in_section(&reader.enter());
-            }
+        sections_against_synchronize(|reader, object| {
+            object.walk_in_section(&reader.enter());
+            object.walk_in_section(&reader.enter());
         });
-        object.unlink();
-        domain.synchronize_sections();
-        object.free();
-        walker.join().unwrap();
     });
+}
+
+#[test]
+fn repinned_section_against_synchronize_sections() {
+    explore("section, repin x synchronize_sections", None, || {
+        sections_against_synchronize(|reader, object| {
+            let mut section = reader.enter();
+            object.walk_in_section(&section);
+            section.repin();
+            object.walk_in_section(&section);
+        });
+    });
+}
+
+#[test]
+fn forgotten_section_against_synchronize_sections() {
+    explore(
+        "forgotten section, reader dropped x synchronize_sections",
+        None,
+        || {
+            let domain = domain();
+            let object = Object::new();
+            let mut reader = domain.reader();
+            let walker = thread::spawn({
+                let object = object.clone();
+                move || {
+                    let section = reader.enter();
+                    object.walk_in_section(&section);
+                    std::mem::forget(section);
+                }
+            });
+            object.unlink();
+            domain.synchronize_sections();
+            object.free();
+            walker.join().unwrap();
+        },
+    );
 }
 
 #[test]

@@ -42,6 +42,8 @@ mod host;
 mod install;
 mod invalidate;
 mod iter;
+#[cfg(all(test, feature = "std", not(loom)))]
+mod layout;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;

@@ -168,6 +168,34 @@ fn widen() -> impl Strategy<Value = Vec<Op>> {
     })
 }
 
+/// A page that a vCPU remembers, a sweep over it that is not flushed yet, and another sweep that gives the page away.
+fn overtaken() -> impl Strategy<Value = Vec<Op>> {
+    let numbers = (any::<u8>(), any::<bool>(), any::<u8>());
+    (numbers, place(), weighted(0.7)).prop_map(|((vcpu, leaves_only, which), from, invalidate)| {
+        let touch = Op::Touch {
+            vcpu,
+            at: from,
+            access: 0,
+        };
+        let span = Span { from, pages: 0 };
+        let zap = Op::Zap {
+            space: 0,
+            span,
+            leaves_only,
+            hold: true,
+        };
+        let mut ops = vec![Op::Answer { kind: 0 }, Op::Permit { perms: 0 }, touch, zap];
+        if invalidate {
+            ops.push(Op::Begin { space: 0, span });
+            ops.extend([Op::Sweep { which }, Op::End { which }]);
+        } else {
+            ops.push(Op::Remove { which });
+        }
+        ops.push(touch);
+        ops
+    })
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
     (
         weighted(0.2),
@@ -193,7 +221,7 @@ fn follows_the_model<F: Processor>() {
         ..ProptestConfig::default()
     };
     // The first operations give the guest memory; without it most others would meet nothing.
-    let step = prop_oneof![15 => op().prop_map(|op| vec![op]), 1 => widen()];
+    let step = prop_oneof![15 => op().prop_map(|op| vec![op]), 1 => widen(), 1 => overtaken()];
     let sequence = (
         setup(),
         (half(0, 0), half(0, 1), half(1, 0)),

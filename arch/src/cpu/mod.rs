@@ -97,7 +97,7 @@ pub struct Counters {
 }
 
 /// A guest's processor, as far as the second level sees it. `SETS` times 4 pages of 4 KiB fit its TLB; it must be a
-/// power of two. It needs `SETS` times about 100 bytes and some 20 KiB more, and allocates nothing.
+/// power of two. It needs `SETS` times about 100 bytes and some 10 KiB more, and allocates nothing.
 ///
 /// # Examples
 ///

@@ -1,6 +1,7 @@
 //! Host memory for walks, and trees written entry by entry from the bit numbers of the manuals.
 #![allow(dead_code)]
 
+pub(crate) mod cpu;
 pub(crate) mod ept;
 
 use std::cell::{Cell, RefCell};

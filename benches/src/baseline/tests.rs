@@ -2,7 +2,7 @@
 
 use super::host::Backing;
 use super::{Setup, floor, multiarch, mutex, rwlock, table_lock, tables_for, x86};
-use crate::race::{Contender, Course, Order, Translation, lap};
+use crate::race::{Contender, Course, Leg, Order, Translation, lap};
 use crate::sync::Padded;
 use tdp_arch::{Ept, Format, Gfn, GfnRange, Level, Npt, Pfn};
 
@@ -23,11 +23,7 @@ fn setup(level: Level, pages: u64) -> Setup {
 fn exercise<C: Contender>(mut contender: C, setup: &Setup) {
     let backing = setup.backing;
     let count = backing.pages().count() as u64;
-    let all = Order::Stride {
-        first: 0,
-        step: 1,
-        count,
-    };
+    let all = Order(vec![Leg::Run { first: 0, count }]);
     for orders in [vec![all.clone(), all.clone()], vec![all]] {
         let course = Course {
             base: backing.gfns.start,

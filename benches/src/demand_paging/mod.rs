@@ -36,7 +36,7 @@ const EXAMPLES: &str = "\
 Examples:
   tdp-bench demand-paging
   tdp-bench demand-paging -v 2 -b 1G --against all --json out.json
-  tdp-bench demand-paging -v 2 -b 512M -o=regions     vCPUs interleave in the same 2 MiB regions
+  tdp-bench demand-paging -v 2 -b 512M -o             both vCPUs in the same 2 MiB regions
   tdp-bench demand-paging -f ept -s 2m -b 64G -a      large pages in random order";
 
 /// How fast unmapped guest memory becomes mapped when vCPUs touch it
@@ -55,11 +55,11 @@ pub struct Args {
     #[arg(short = 's', long, value_enum, default_value_t = PageSize::FourK)]
     backing: PageSize,
 
-    /// All vCPUs fault in the same memory. 'pages': each touches every page of all, as in KVM's test; 'regions': they
-    /// interleave, page by page, in the same 2 MiB regions
+    /// All vCPUs fault in the same memory. 'regions': in the same 2 MiB region (the pages of one table) at the same
+    /// time, each on pages of its own; 'pages': each vCPU on every page of all, as in KVM's test
     #[arg(
         short = 'o', long, value_enum, value_name = "HOW",
-        num_args = 0..=1, require_equals = true, default_missing_value = "pages"
+        num_args = 0..=1, require_equals = true, default_missing_value = "regions"
     )]
     overlap: Option<Overlap>,
 
@@ -133,10 +133,10 @@ impl PageSize {
 /// How vCPUs share memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Overlap {
+    /// All vCPUs are in the same region at the same time, each on its own pages
+    Regions,
     /// Every vCPU touches every page
     Pages,
-    /// The vCPUs take turns page by page
-    Regions,
 }
 
 /// What the library is compared with.

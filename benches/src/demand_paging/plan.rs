@@ -3,12 +3,12 @@
 use super::{Args, Overlap};
 use crate::baseline::host::Backing;
 use crate::baseline::tables_for;
-use crate::race::{Course, Order};
+use crate::race::{Course, Leg, Order};
 use crate::report::Error;
 use crate::size::show;
 use crate::sys;
 use tdp_arch::addr::MAX_PHYSICAL_BITS;
-use tdp_arch::{Gfn, GfnRange, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
+use tdp_arch::{ENTRIES_PER_TABLE, Gfn, GfnRange, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
 
 /// Where guest memory starts: not at zero, where mistakes look right.
 const GUEST_START: Gfn = Gfn(1 << 18);
@@ -120,17 +120,10 @@ impl Circuit {
         let (per, vcpus) = (args.bytes / page.bytes(), vcpus as u64);
         let total = per * vcpus;
         let orders = (0..vcpus)
-            .map(|vcpu| {
-                let (first, step, count) = match args.overlap {
-                    None => (vcpu * per, 1, per),
-                    Some(Overlap::Pages) => (0, 1, total),
-                    Some(Overlap::Regions) => (vcpu, vcpus, per),
-                };
-                if args.random {
-                    shuffled(first, step, count, args.seed.wrapping_add(vcpu))
-                } else {
-                    Ok(Order::Stride { first, step, count })
-                }
+            .map(|vcpu| match args.overlap {
+                None => Ok(Order(vec![leg(args, vcpu, vcpu * per, per)?])),
+                Some(Overlap::Pages) => Ok(Order(vec![leg(args, vcpu, 0, total)?])),
+                Some(Overlap::Regions) => shared_regions(args, total, vcpu, vcpus),
             })
             .collect::<Result<_, _>>()?;
         let course = Course {
@@ -146,8 +139,41 @@ impl Circuit {
     }
 }
 
-/// The pages of a stride in an order that follows from `seed`.
-fn shuffled(first: u64, step: u64, count: u64, seed: u64) -> Result<Order, Error> {
+/// One vCPU's pages, from the `first`-th on.
+fn leg(args: &Args, vcpu: u64, first: u64, count: u64) -> Result<Leg, Error> {
+    if args.random {
+        shuffled(first, count, args.seed.wrapping_add(vcpu)).map(Leg::List)
+    } else {
+        Ok(Leg::Run { first, count })
+    }
+}
+
+/// One vCPU's part of every region: all vCPUs are in the same region, which is what one table maps, at the same time,
+/// and each has its own pages of it, side by side or at random.
+fn shared_regions(args: &Args, total: u64, vcpu: u64, vcpus: u64) -> Result<Order, Error> {
+    const REGION: u64 = ENTRIES_PER_TABLE as u64;
+    let legs = (0..total.div_ceil(REGION)).map(|number| {
+        let first = number * REGION;
+        let count = REGION.min(total - first);
+        let mine = count * vcpu / vcpus..count * (vcpu + 1) / vcpus;
+        if args.random {
+            // The same for all vCPUs, so that their parts are disjoint.
+            let pages = shuffled(first, count, args.seed.wrapping_add(number))?;
+            Ok(Leg::List(
+                pages[mine.start as usize..mine.end as usize].to_vec(),
+            ))
+        } else {
+            Ok(Leg::Run {
+                first: first + mine.start,
+                count: mine.end - mine.start,
+            })
+        }
+    });
+    legs.collect::<Result<_, _>>().map(Order)
+}
+
+/// `count` pages from the `first`-th on, in an order that follows from `seed`.
+fn shuffled(first: u64, count: u64, seed: u64) -> Result<Vec<u32>, Error> {
     let too_many = |e: Box<dyn std::error::Error + Send + Sync>| {
         Error::run(format!("-a with {count} pages a vCPU"), e)
     };
@@ -155,16 +181,16 @@ fn shuffled(first: u64, step: u64, count: u64, seed: u64) -> Result<Order, Error
     let mut list = Vec::new();
     list.try_reserve_exact(length)
         .map_err(|e| too_many(e.into()))?;
-    for i in 0..count {
-        list.push(u32::try_from(first + i * step).map_err(|e| too_many(e.into()))?);
+    for number in first..first + count {
+        list.push(u32::try_from(number).map_err(|e| too_many(e.into()))?);
     }
     let mut state = seed;
     for i in (1..list.len()).rev() {
-        // The high half of the product is below i + 1, and even enough for an order of pages.
+        // The high half of the product is at most i, and even enough for an order of pages.
         let j = (u128::from(split_mix(&mut state)) * (i as u128 + 1)) >> 64;
         list.swap(i, j as usize);
     }
-    Ok(Order::List(list))
+    Ok(list)
 }
 
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
@@ -200,21 +226,20 @@ mod tests {
         let circuit = plan.courses.last().unwrap();
         let mut counts =
             vec![0; ((circuit.end.0 - GUEST_START.0) / plan.backing.level.pages()) as usize];
-        for order in &circuit.course.orders {
-            match order {
-                Order::Stride { first, step, count } => {
-                    (0..*count).for_each(|i| counts[(first + i * step) as usize] += 1);
-                }
-                Order::List(list) => list.iter().for_each(|&i| counts[i as usize] += 1),
+        let legs = circuit.course.orders.iter().flat_map(|order| &order.0);
+        legs.for_each(|leg| match leg {
+            Leg::Run { first, count } => {
+                (*first..first + count).for_each(|i| counts[i as usize] += 1)
             }
-        }
+            Leg::List(list) => list.iter().for_each(|&i| counts[i as usize] += 1),
+        });
         counts
     }
 
     #[test]
     fn disjoint_orders_touch_every_page_once_and_overlap_as_often_as_it_says() {
         for random in ["", "-a"] {
-            for (overlap, times) in [("", 1), ("-o=regions", 1), ("-o", 3), ("-o=pages", 3)] {
+            for (overlap, times) in [("", 1), ("-o=regions", 1), ("-o", 1), ("-o=pages", 3)] {
                 for size in ["-s 4k -b 1M", "-s 2m -b 64M"] {
                     let plan = plan(&format!("-v 3 {size} {overlap} {random}")).unwrap();
                     assert!(
@@ -229,13 +254,30 @@ mod tests {
 
     #[test]
     fn an_order_follows_from_its_seed() {
-        let order = |seed| match shuffled(0, 1, 1000, seed).unwrap() {
-            Order::List(list) => list,
-            Order::Stride { .. } => unreachable!(),
-        };
+        let order = |seed| shuffled(0, 1000, seed).unwrap();
         assert_eq!(order(1), order(1));
         assert_ne!(order(1), order(2));
         assert_ne!(order(1), (0..1000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn shared_regions_are_shared_leg_by_leg() {
+        let plan = plan("-v 3 -b 3M -o -a").unwrap();
+        let orders = &plan.courses.last().unwrap().course.orders;
+        for order in orders {
+            assert_eq!(
+                order.0.len(),
+                5,
+                "9 MiB are four regions of 2 MiB and a half"
+            );
+            for (region, leg) in order.0.iter().enumerate() {
+                let Leg::List(pages) = leg else {
+                    panic!("a random leg is a list")
+                };
+                assert!(pages.len() >= if region < 4 { 170 } else { 85 });
+                assert!(pages.iter().all(|page| *page as usize / 512 == region));
+            }
+        }
     }
 
     #[test]

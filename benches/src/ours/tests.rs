@@ -1,7 +1,7 @@
 //! The library as a contender maps what it should and gives everything back.
 
 use super::*;
-use crate::race::{Course, Order, lap};
+use crate::race::{Course, Leg, Order, lap};
 use crate::sync::Padded;
 use tdp::FrameSource;
 
@@ -23,11 +23,10 @@ fn setup(level: Level) -> OurSetup {
 fn exercise<F: Walked, O: Operation>(level: Level, tables: Tables) {
     let setup = setup(level);
     let mut ours = Ours::<F, O>::new(setup, tables).unwrap();
-    let all = Order::Stride {
+    let all = Order(vec![Leg::Run {
         first: 0,
-        step: 1,
         count: 1500,
-    };
+    }]);
     let orders = vec![all.clone(), all];
     let course = Course {
         base: setup.backing.gfns.start,

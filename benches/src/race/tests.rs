@@ -51,44 +51,69 @@ fn course(orders: Vec<Order>) -> Course {
     }
 }
 
+fn order(legs: &[&[u32]]) -> Order {
+    Order(legs.iter().map(|leg| Leg::List(leg.to_vec())).collect())
+}
+
 #[test]
 fn every_page_of_every_order_is_resolved() {
     let tally = Tally(Mutex::default());
     let course = course(vec![
-        Order::Stride {
-            first: 1,
-            step: 2,
-            count: 3,
-        },
-        Order::List(vec![9, 7, 5]),
+        Order(vec![Leg::Run { first: 3, count: 3 }, Leg::List(vec![])]),
+        order(&[&[9, 7], &[5]]),
     ]);
     let lap = lap(&tally, &mut [Padded(()), Padded(())], &course).unwrap();
     let expected =
-        [(1, 1), (3, 1), (5, 2), (7, 1), (9, 1)].map(|(n, times)| (0x1000 + n * 512, times));
+        [(3, 1), (4, 1), (5, 2), (7, 1), (9, 1)].map(|(n, times)| (0x1000 + n * 512, times));
     assert_eq!(*tally.0.lock().unwrap(), BTreeMap::from(expected));
     assert_eq!(course.operations(), 6);
     assert!(lap.wall > Duration::ZERO);
 }
 
+/// Remembers the order in which pages were resolved.
+struct Diary(Mutex<Vec<u64>>);
+
+impl Contender for Diary {
+    type Worker = ();
+    type Failure = Error;
+
+    fn worker(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn resolve(&self, (): &mut (), gfn: Gfn) -> Result<(), Error> {
+        self.0.lock().unwrap().push((gfn.0 - 0x1000) / 512);
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn translate(&self, _gfn: Gfn) -> Option<Translation> {
+        None
+    }
+}
+
+#[test]
+fn nobody_begins_a_leg_before_all_have_ended_the_last() {
+    // The number of a page is its leg, and one thread has far less to do in each than the other.
+    let legs = |pages: usize| Order((0..100).map(|leg| Leg::List(vec![leg; pages])).collect());
+    let course = course(vec![legs(1), legs(20), legs(1)]);
+    let diary = Diary(Mutex::default());
+    lap(&diary, &mut [Padded(()), Padded(()), Padded(())], &course).unwrap();
+    let diary = diary.0.into_inner().unwrap();
+    assert_eq!(diary.len(), 2200);
+    assert!(diary.is_sorted());
+}
+
 #[test]
 fn a_failure_ends_the_lap_with_its_error() {
-    let course = Course {
-        base: Gfn(0),
-        page: Level::L1,
-        orders: vec![
-            Order::Stride {
-                first: 0,
-                step: 1,
-                count: 10,
-            },
-            Order::Stride {
-                first: 0xdead,
-                step: 1,
-                count: 1,
-            },
-        ],
-        cpus: Vec::new(),
-    };
+    let mut course = course(vec![
+        order(&[&[1], &[2], &[3]]),
+        order(&[&[1], &[0xdead], &[3]]),
+    ]);
+    (course.base, course.page) = (Gfn(0), Level::L1);
     let error = lap(
         &Tally(Mutex::default()),
         &mut [Padded(()), Padded(())],
@@ -100,14 +125,7 @@ fn a_failure_ends_the_lap_with_its_error() {
 
 #[test]
 fn a_processor_that_does_not_exist_is_an_error_for_all() {
-    let mut course = course(vec![
-        Order::Stride {
-            first: 0,
-            step: 1,
-            count: 1
-        };
-        2
-    ]);
+    let mut course = course(vec![order(&[&[1], &[2]]); 2]);
     course.cpus = vec![0, usize::MAX];
     assert!(
         lap(

@@ -22,6 +22,8 @@ use tdp::{
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::WalkError;
 
+mod compare;
+
 /// What stops a replay.
 pub type Stop = Box<dyn std::error::Error + Send + Sync>;
 
@@ -305,29 +307,6 @@ impl<F: Processor> Driver<F> {
         Ok(())
     }
 
-    /// Whether the library maps `gfn` by `leaf`.
-    fn maps(&mut self, seq: u64, as_id: u8, gfn: u64, leaf: Option<Leaf>) -> Result<bool, Stop> {
-        let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn)).map(Mapped::from);
-        let leaf = leaf.map(Mapped::from);
-        let same = self.compare_one(leaf, found);
-        if !same {
-            self.findings.note(Difference::mapping(seq, as_id, gfn, leaf, found));
-        }
-        Ok(same)
-    }
-
-    fn compare_one(&mut self, leaf: Option<Mapped>, found: Option<Mapped>) -> bool {
-        if let Some((leaf, found)) = leaf.zip(found) {
-            self.findings.leaves_compared += 1;
-            self.findings.permissions_differ += u64::from(leaf.is_same(&found) && leaf.writable != found.writable);
-        }
-        match (leaf, found) {
-            (Some(leaf), Some(found)) => leaf.is_same(&found),
-            (None, None) => true,
-            _ => false,
-        }
-    }
-
     /// Whether the access, made again, meets the page, or the MMIO entry that was recorded.
     fn reaches(&mut self, fault: &Fault, leaf: Option<Leaf>, expected: &Expected) -> Result<bool, Stop> {
         let gfn = fault.gpa >> 12;
@@ -345,94 +324,6 @@ impl<F: Processor> Driver<F> {
             self.findings.note(Difference { seq, as_id, gfn, level, expected, got });
         }
         Ok(met == meets)
-    }
-
-    /// After a difference, brings the library back into the recorded state around `gfn`.
-    fn repair(&mut self, as_id: u8, gfn: u64, leaf: Option<Leaf>, expected: &Expected) -> Result<(), Stop> {
-        let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn));
-        let mut range = SpaceRange { as_id, start: gfn, end: gfn + 1 };
-        for (start, end) in found
-            .map(|leaf| (leaf.gfn.0, leaf.gfn.0 + leaf.level.pages()))
-            .into_iter()
-            .chain(leaf.map(|leaf| (leaf.gfn, leaf.end())))
-        {
-            (range.start, range.end) = (range.start.min(start), range.end.max(end));
-        }
-        self.sync(&range, expected)
-    }
-
-    // ---- everything mapped
-
-    /// Whether the library maps in `ranges` what is recorded. Differences are noted and repaired.
-    fn verify(&mut self, seq: u64, ranges: &[SpaceRange], expected: &Expected) -> Result<bool, Stop> {
-        let mut same = true;
-        for range in ranges {
-            let leaves = expected.leaves(Space::normal(range.as_id), range.start, range.end);
-            let leaves: Vec<Mapped> = leaves.map(Mapped::from).collect();
-            let differing = self.compare_range(seq, range, &leaves)?;
-            same &= differing.is_empty();
-            for range in differing {
-                self.sync(&range, expected)?;
-            }
-        }
-        Ok(same)
-    }
-
-    /// Compares what the library maps in `range` with `leaves`. Returns what differs, after noting it.
-    fn compare_range(&mut self, seq: u64, range: &SpaceRange, leaves: &[Mapped]) -> Result<Vec<SpaceRange>, Stop> {
-        let gfns = self.gfns(range);
-        let mut found = Vec::with_capacity(leaves.len());
-        self.machine()?.mmu.visit_leaves(space(range.as_id), gfns, |leaf| found.push(Mapped::from(leaf)));
-        let (mut leaves, mut found) = (leaves.iter().copied().peekable(), found.into_iter().peekable());
-        let mut differing = Vec::new();
-        while let Some(first) = leaves.peek().into_iter().chain(found.peek()).map(|mapped| mapped.gfn).min() {
-            let leaf = leaves.next_if(|mapped| mapped.gfn == first);
-            let found = found.next_if(|mapped| mapped.gfn == first);
-            if !self.compare_one(leaf, found) {
-                self.findings.note(Difference::mapping(seq, range.as_id, first, leaf, found));
-                let level = leaf.into_iter().chain(found).map(|mapped| mapped.level).max().unwrap_or(1);
-                let pages = Level::from_number(level).map_or(1, Level::pages);
-                differing.push(SpaceRange { as_id: range.as_id, start: first, end: first + pages });
-            }
-        }
-        Ok(differing)
-    }
-
-    fn compare(&mut self, seq: u64, expected: &Expected) -> Result<(), Stop> {
-        self.findings.comparisons += 1;
-        let mut counted = [0; 3];
-        for as_id in 0..ADDRESS_SPACES {
-            let leaves: Vec<Mapped> = expected.all_leaves(Space::normal(as_id)).map(Mapped::from).collect();
-            for leaf in &leaves {
-                if let Some(count) = counted.get_mut(usize::from(leaf.level) - 1) {
-                    *count += 1;
-                }
-            }
-            let everything = SpaceRange { as_id, start: 0, end: u64::MAX };
-            let differing = self.compare_range(seq, &everything, &leaves)?;
-            self.findings.unexplained += differing.len() as u64;
-            for range in differing {
-                self.sync(&range, expected)?;
-            }
-        }
-        let pages = self.machine()?.mmu.stats().pages;
-        if pages != counted {
-            let (expected, got) = (format!("{counted:?} leaves by level"), format!("{pages:?} in the statistics"));
-            self.findings.differs(Difference { seq, as_id: 0, gfn: 0, level: 0, expected, got });
-        }
-        Ok(())
-    }
-
-    fn teardown(&mut self, seq: u64, leaves: &[(u8, Leaf)]) -> Result<(), Stop> {
-        let mut same = true;
-        for as_id in 0..ADDRESS_SPACES {
-            let own = leaves.iter().filter(|(space, _)| *space == as_id);
-            let own: Vec<Mapped> = own.map(|&(_, leaf)| leaf.into()).collect();
-            same &= self.compare_range(seq, &SpaceRange { as_id, start: 0, end: u64::MAX }, &own)?.is_empty();
-        }
-        self.findings.operation(Operation::Teardown, same);
-        self.machine()?.mmu.invalidate_roots().finish();
-        Ok(())
     }
 }
 

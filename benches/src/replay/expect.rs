@@ -8,8 +8,11 @@
 
 use super::spte::{self, ACCESSED_DIRTY, Kind, Leaf, kind, pages};
 use super::trace::Change;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
+
+#[cfg(test)]
+mod tests;
 
 /// Bit of a [`Space`] that stands for the root of a nested guest without nested paging of its own.
 const NESTED: u8 = 0x80;
@@ -69,6 +72,12 @@ pub enum Wrong {
     LeftBehind(u64),
     /// A leaf that KVM reports to have made is not there.
     NotMade(u64),
+    /// An MMIO entry that KVM reports to have made is not there.
+    NotMarked,
+    /// The entry became something that KVM never writes.
+    Unknown(u64),
+    /// An entry was made without a fault that wanted it.
+    NoFault,
     /// The processor reports this code, but the recorded tables make it meet something else.
     NotMet {
         /// Error code.
@@ -83,6 +92,9 @@ impl fmt::Display for Wrong {
             Self::OldValue { was: None, old } => write!(f, "recorded old value {old:#x}, but nothing was there"),
             Self::NoTable => f.write_str("recorded entry below no recorded table"),
             Self::LeftBehind(spte) => write!(f, "{spte:#x} was left behind by the removal of its table"),
+            Self::Unknown(spte) => write!(f, "{spte:#x} is no entry of KVM's"),
+            Self::NoFault => f.write_str("recorded entry without a fault that made it"),
+            Self::NotMarked => f.write_str("an MMIO entry is reported as made, without an event that made it"),
             Self::NotMet { reported } => {
                 write!(f, "the processor reported {reported:#x}, which the recorded tables do not explain")
             }
@@ -164,9 +176,8 @@ impl Expected {
     pub fn apply(&mut self, thread: u32, nested: bool, change: &Change) -> Result<Applied, Contradiction> {
         let (from, to) = (kind(change.old, change.level), kind(change.new, change.level));
         let applied = |place| Ok(Applied { place, from, to });
-        // Above everything there may be a table of the shape of a leaf only in a corrupt trace.
-        if change.level > 3 && to == Kind::Leaf {
-            return Err(contradiction(change, Wrong::NoTable));
+        if to == Kind::Unknown || (to == Kind::Leaf && change.level > 3) {
+            return Err(contradiction(change, Wrong::Unknown(change.new)));
         }
         if is_gone(to) && self.remove_detached(thread, change) {
             return applied(Place::Detached);
@@ -256,13 +267,25 @@ impl Expected {
 
     /// All roots become obsolete at once; `owner` takes them down.
     pub fn detach_all(&mut self, owner: u32) {
-        let mut trees: BTreeMap<Space, HashMap<(u8, u64), u64>> = BTreeMap::new();
-        for ((space, gfn, level), now) in std::mem::take(&mut self.live) {
-            trees.entry(space).or_default().insert((level, gfn), now);
+        let spaces: BTreeSet<Space> = self.live.keys().map(|&(space, ..)| space).collect();
+        for space in spaces {
+            self.detach_tree(owner, space);
         }
-        for (space, entries) in trees {
-            self.detached.push(Detached { owner, as_id: space.as_id(), entries });
-        }
+    }
+
+    /// One root becomes obsolete; `owner` takes it down.
+    pub fn detach_tree(&mut self, owner: u32, space: Space) {
+        let entries: HashMap<(u8, u64), u64> =
+            self.live.extract_if((space, 0, 0)..=(space, u64::MAX, u8::MAX), |_, _| true).map(|((_, gfn, level), now)| ((level, gfn), now)).collect();
+        self.detached.push(Detached { owner, as_id: space.as_id(), entries });
+    }
+
+    /// Whether `change` makes an entry at the top of a tree that has that entry already: it belongs to another root.
+    pub fn is_of_another_root(&self, space: Space, change: &Change) -> bool {
+        change.level == self.root_level
+            && is_gone(kind(change.old, change.level))
+            && !is_gone(kind(change.new, change.level))
+            && self.live.contains_key(&(space, change.gfn, change.level))
     }
 
     /// `thread` is done with what it took down: whatever is left of it should not be.
@@ -328,122 +351,17 @@ impl Expected {
         self.leaves(space, 0, u64::MAX)
     }
 
-    /// Whether any tree maps anything.
-    pub fn is_empty(&self) -> bool {
+    /// Entries of the trees that vCPUs use.
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Whether no tree maps anything.
+    pub fn maps_nothing(&self) -> bool {
         !self.live.iter().any(|(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
     }
 }
 
 fn contradiction(change: &Change, what: Wrong) -> Contradiction {
     Contradiction { as_id: change.as_id, level: change.level, gfn: change.gfn, what }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NONE: u64 = 1 << 63;
-    const FROZEN: u64 = NONE | 0x5a0;
-    const TABLE: u64 = 0x1_8905_1827;
-    const SPACE: Space = Space(0);
-
-    fn change(level: u8, gfn: u64, old: u64, new: u64) -> Change {
-        Change { as_id: 0, level, gfn, old, new }
-    }
-
-    /// Tables down to level 1 over gfn 0, and a leaf.
-    fn with_leaf() -> Expected {
-        let mut expected = Expected::default();
-        expected.set_root_level(4);
-        for level in [4, 3, 2] {
-            expected.apply(0, false, &change(level, 0, NONE, TABLE)).unwrap();
-        }
-        expected.apply(0, false, &change(1, 5, NONE, 0x7e67)).unwrap();
-        expected
-    }
-
-    fn mapped(expected: &Expected) -> Vec<(u64, u8)> {
-        expected.all_leaves(SPACE).map(|leaf| (leaf.gfn, leaf.level)).collect()
-    }
-
-    #[test]
-    fn a_leaf_is_found_by_any_frame_that_it_maps() {
-        let mut expected = with_leaf();
-        expected.apply(0, false, &change(2, 0x200, NONE, 0x1_8980_0ee7)).unwrap();
-        assert_eq!(mapped(&expected), [(5, 1), (0x200, 2)]);
-        assert_eq!(expected.leaf_at(SPACE, 0x3ff).map(|l| l.pfn()), Some(0x18_9800));
-        assert_eq!(expected.leaf_at(SPACE, 0x400), None);
-        assert_eq!(expected.leaves(SPACE, 0x300, 0x301).count(), 1);
-        assert_eq!(expected.leaves(SPACE, 6, 0x200).count(), 0);
-        assert!(expected.leaf_at(Space::nested(0), 5).is_none());
-    }
-
-    #[test]
-    fn a_missing_event_is_a_contradiction() {
-        let mut expected = with_leaf();
-        // The removal of gfn 5 is missing.
-        let error = expected.apply(0, false, &change(1, 5, NONE, 0x8e67)).unwrap_err();
-        assert_eq!(error.what, Wrong::OldValue { was: Some(0x7e67), old: NONE });
-        // The making of gfn 6 is missing.
-        let error = expected.apply(0, false, &change(1, 6, 0x9e67, NONE)).unwrap_err();
-        assert_eq!(error.what, Wrong::OldValue { was: None, old: 0x9e67 });
-        // A table is missing.
-        let error = expected.apply(0, false, &change(1, 0x200, NONE, 0x9e67)).unwrap_err();
-        assert_eq!(error.what, Wrong::NoTable);
-    }
-
-    #[test]
-    fn accessed_and_dirty_bits_are_the_processors() {
-        let mut expected = with_leaf();
-        expected.apply(0, false, &change(1, 5, 0x7e07, NONE)).unwrap();
-        assert!(expected.is_empty());
-    }
-
-    #[test]
-    fn a_split_derives_its_children() {
-        let mut expected = with_leaf();
-        expected.apply(0, false, &change(2, 0x200, NONE, 0x1_8980_0ee5)).unwrap();
-        expected.apply(0, false, &change(2, 0x200, 0x1_8980_0ee5, TABLE)).unwrap();
-        assert_eq!(mapped(&expected).len(), 513);
-        expected.apply(0, false, &change(1, 0x201, 0x1_8980_1e65, 0x1_8980_1e67)).unwrap();
-        assert!(expected.leaf_at(SPACE, 0x201).is_some_and(|l| l.is_writable()));
-    }
-
-    #[test]
-    fn what_is_below_a_removed_table_is_not_mapped() {
-        let mut expected = with_leaf();
-        expected.apply(0, false, &change(2, 0, TABLE, 0x1_8980_0ee7)).unwrap();
-        assert_eq!(mapped(&expected), [(0, 2)]);
-        assert_eq!(
-            expected.apply(0, false, &change(1, 5, 0x7e67, FROZEN)).unwrap().place,
-            Place::Detached
-        );
-        assert!(expected.finish_detached(0).is_empty());
-        // Absent entries are sealed too; it means nothing.
-        assert_eq!(expected.apply(0, false, &change(1, 6, NONE, FROZEN)).unwrap().place, Place::Nowhere);
-    }
-
-    #[test]
-    fn an_entry_left_behind_is_a_contradiction() {
-        let mut expected = with_leaf();
-        expected.apply(7, false, &change(2, 0, TABLE, NONE)).unwrap();
-        assert!(expected.finish_detached(0).is_empty());
-        let left = expected.finish_detached(7);
-        assert_eq!(left.len(), 1);
-        assert_eq!(left[0].what, Wrong::LeftBehind(0x7e67));
-    }
-
-    #[test]
-    fn old_roots_and_new_ones_do_not_mix() {
-        let mut expected = with_leaf();
-        expected.detach_all(0);
-        assert!(expected.is_empty());
-        for level in [4, 3, 2] {
-            expected.apply(1, false, &change(level, 0, NONE, TABLE)).unwrap();
-        }
-        // The same leaf comes back in the new tree before the old one is zapped.
-        expected.apply(1, false, &change(1, 5, NONE, 0x7e67)).unwrap();
-        assert_eq!(expected.apply(0, false, &change(1, 5, 0x7e67, NONE)).unwrap().place, Place::Detached);
-        assert_eq!(mapped(&expected), [(5, 1)]);
-    }
 }

@@ -99,31 +99,35 @@ pub struct Mapped {
     pub pfn: u64,
     /// The guest may write.
     pub writable: bool,
+    /// A sweep or its policy keeps the guest from writing what the host lets it write.
+    pub protected: bool,
 }
 
 impl Mapped {
-    /// Whether both map the same memory alike. Permissions beyond that are the sweeps' business.
-    pub fn is_same(&self, other: &Self) -> bool {
-        (self.gfn, self.level, self.pfn) == (other.gfn, other.level, other.pfn)
+    /// Whether `found` maps the same memory with the same right to write, unless that is a sweep's business.
+    pub fn is_matched_by(&self, found: &Self) -> bool {
+        (self.gfn, self.level, self.pfn) == (found.gfn, found.level, found.pfn)
+            && (self.protected || self.writable == found.writable)
     }
 }
 
 impl From<Leaf> for Mapped {
     fn from(leaf: Leaf) -> Self {
-        Self { gfn: leaf.gfn, level: leaf.level, pfn: leaf.pfn(), writable: leaf.is_writable() }
+        let (writable, protected) = (leaf.is_writable(), leaf.is_host_writable() && !leaf.is_writable());
+        Self { gfn: leaf.gfn, level: leaf.level, pfn: leaf.pfn(), writable, protected }
     }
 }
 
 impl From<tdp::Leaf> for Mapped {
     fn from(leaf: tdp::Leaf) -> Self {
         let writable = leaf.perms.contains(tdp::Perms::WRITE);
-        Self { gfn: leaf.gfn.0, level: leaf.level.number(), pfn: leaf.pfn.0, writable }
+        Self { gfn: leaf.gfn.0, level: leaf.level.number(), pfn: leaf.pfn.0, writable, protected: false }
     }
 }
 
 impl fmt::Display for Mapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gfn, level, pfn, writable } = self;
+        let Self { gfn, level, pfn, writable, .. } = self;
         let writable = if *writable { "writable" } else { "read-only" };
         write!(f, "level {level} gfn {gfn:#x} -> pfn {pfn:#x} {writable}")
     }
@@ -166,8 +170,6 @@ pub struct Findings {
     pub comparisons: u64,
     /// Leaves that were compared, in all.
     pub leaves_compared: u64,
-    /// Leaves that map the same memory, but of which only one may be written: what sweeps and their policies decide.
-    pub permissions_differ: u64,
     /// Most table frames in use at a time.
     pub peak_frames: u64,
     /// Table frames that were still in use after everything was dropped.

@@ -154,7 +154,6 @@ impl Pending {
             None if self.code.is_reserved() => (Answer::Failed, Recorded::Mmio),
             None if end == End::Error => (Answer::Failed, Recorded::Failed),
             None if read_only && self.code.is_write() => (Answer::Failed, Recorded::Mmio),
-            None if passes => (Answer::Retry, Recorded::Unchanged),
             None => (Answer::Retry, Recorded::Retried),
         };
         Conclusion::Compare(answer, recorded)

@@ -6,11 +6,14 @@
 /// Accessed and dirty: the processor sets them behind KVM's back, so they are left out of every comparison.
 pub const ACCESSED_DIRTY: u64 = 0x60;
 
+const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 const HOST_WRITABLE: u64 = 1 << 9;
 const MMU_WRITABLE: u64 = 1 << 10;
 const MMU_PRESENT: u64 = 1 << 11;
+/// A physical-address bit that is reserved on the recorded processors.
+const MMIO: u64 = 1 << 51;
 const NO_EXECUTE: u64 = 1 << 63;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 /// What a frozen entry is besides the kernel's own "nothing here" (bit 63 or no bit at all).
@@ -29,6 +32,8 @@ pub enum Kind {
     Table,
     /// Maps memory.
     Leaf,
+    /// Nothing that KVM writes.
+    Unknown,
 }
 
 /// What the entry `spte` of `level` is.
@@ -36,7 +41,8 @@ pub fn kind(spte: u64, level: u8) -> Kind {
     match spte & !NO_EXECUTE {
         0 => Kind::None,
         FROZEN => Kind::Frozen,
-        bits if bits & MMU_PRESENT == 0 => Kind::Mmio,
+        bits if bits & MMU_PRESENT == 0 && bits & (MMIO | PRESENT) == MMIO | PRESENT => Kind::Mmio,
+        bits if bits & (MMU_PRESENT | PRESENT) != MMU_PRESENT | PRESENT => Kind::Unknown,
         bits if level == 1 || bits & LARGE != 0 => Kind::Leaf,
         _ => Kind::Table,
     }
@@ -120,6 +126,8 @@ mod tests {
         assert_eq!(kind(1 << 63 | 0x5a0, 2), Kind::Frozen);
         assert_eq!(kind(0x5a0, 2), Kind::Frozen);
         assert_eq!(kind(0x8_0000_4000_4027, 1), Kind::Mmio);
+        assert_eq!(kind(1 << 63 | 0x80, 1), Kind::Unknown);
+        assert_eq!(kind(0x1_84a7_f667, 1), Kind::Unknown);
         assert_eq!(kind(0x1_8905_1827, 4), Kind::Table);
         assert_eq!(kind(0x1_8980_0ee7, 2), Kind::Leaf);
         assert_eq!(kind(0x1_84a7_fe67, 1), Kind::Leaf);

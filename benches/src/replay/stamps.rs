@@ -35,14 +35,14 @@ impl Stamp {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Stamps {
+pub(super) struct Stamps {
     blocks: HashMap<(u8, u64), Stamp>,
     everything: Stamp,
 }
 
 impl Stamps {
     /// `thread` changed entries over `[start, end)`.
-    pub fn note(&mut self, as_id: u8, start: u64, end: u64, thread: u32, seq: u64) {
+    pub(super) fn note(&mut self, as_id: u8, start: u64, end: u64, thread: u32, seq: u64) {
         let (first, last) = (start / BLOCK, end.saturating_sub(1) / BLOCK);
         if last.saturating_sub(first) >= WIDE {
             return self.note_all(thread, seq);
@@ -53,12 +53,12 @@ impl Stamps {
     }
 
     /// `thread` changed everything.
-    pub fn note_all(&mut self, thread: u32, seq: u64) {
+    pub(super) fn note_all(&mut self, thread: u32, seq: u64) {
         self.everything.note(thread, seq);
     }
 
     /// Whether another thread than `thread` changed anything near `gfn` after `since`.
-    pub fn changed_by_other(&self, as_id: u8, gfn: u64, thread: u32, since: u64) -> bool {
+    pub(super) fn changed_by_other(&self, as_id: u8, gfn: u64, thread: u32, since: u64) -> bool {
         let block = self.blocks.get(&(as_id, gfn / BLOCK)).and_then(|stamp| stamp.by_other(thread));
         block.max(self.everything.by_other(thread)).is_some_and(|seq| seq > since)
     }

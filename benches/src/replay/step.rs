@@ -117,7 +117,8 @@ pub enum Recorded {
     Mapped,
     /// Nothing had to change: somebody else was faster.
     Unchanged,
-    /// Nothing changed, and the guest was to try again.
+    /// Nothing changed, and the guest was to try again; the trace does not tell whether that was for want of an answer
+    /// or because the access had become possible.
     Retried,
     /// Device memory, or a write to a read-only slot.
     Mmio,
@@ -164,6 +165,8 @@ pub enum NotYet {
     EagerSplit,
     /// Entries removed for a reason that the trace does not tell: recovery of huge pages, mostly.
     Recovery,
+    /// A root given up for a new one of the same address space.
+    RootChange,
     /// Another change that no fault made.
     OtherSweep,
 }

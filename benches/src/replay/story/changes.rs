@@ -1,0 +1,161 @@
+//! Changed entries: whose doing each was.
+
+use super::{NOBODY, Story};
+use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
+use crate::replay::pending::{Conclusion, Guest};
+use crate::replay::scenario::Region;
+use crate::replay::spte::{self, Kind, Leaf, kind, pages};
+use crate::replay::step::{NotYet, Step};
+use crate::replay::trace::{Change, SpaceRange};
+
+impl Story {
+    pub(super) fn change(&mut self, t: u32, change: &Change) {
+        let (as_id, level) = (change.as_id, change.level);
+        let (start, end) = (change.gfn, change.gfn.saturating_add(pages(level)));
+        let fault = self.thread(t).fault;
+        let covers = fault.filter(|f| f.lies_in(as_id, start, end) && f.guest != Guest::Shadow);
+        let before = covers.and_then(|f| self.expected.leaf_at(f.space, f.gfn()));
+        let below: Vec<Leaf> = if kind(change.old, level) == Kind::Table && kind(change.new, level) != Kind::Table {
+            self.expected.leaves(Space::normal(as_id), start, end).collect()
+        } else {
+            Vec::new()
+        };
+        let nested = fault.is_some_and(|f| f.guest == Guest::NestedDirect);
+        self.give_up_root(nested, change);
+        let Applied { place, from, to } = match self.expected.apply(t, nested, change) {
+            Ok(applied) => applied,
+            Err(contradiction) => {
+                self.contradict(contradiction);
+                self.stamps.note(as_id, start, end, t, self.seq);
+                self.sync(as_id, start, level);
+                return;
+            }
+        };
+        let Place::Live(space) = place else { return };
+        self.stamps.note(as_id, start, end, t, self.seq);
+        self.overtake(t, |fault| fault.lies_in(as_id, start, end));
+        self.changed_since_compare = true;
+        if space.is_nested() {
+            if let Some(fault) = covers.filter(|f| !f.concluded && from != Kind::Table && to != Kind::Table) {
+                self.conclude(t, fault.effect(None, None, false, false));
+            }
+            return;
+        }
+        if matches!(from, Kind::None | Kind::Frozen | Kind::Mmio) && fault.is_none() {
+            // Only a fault, or memory mapped ahead, makes entries.
+            let what = Wrong::NoFault;
+            self.contradict(Contradiction { as_id, level, gfn: start, what });
+            self.sync(as_id, start, level);
+            return;
+        }
+        if to == Kind::Table && from != Kind::Leaf {
+            return;
+        }
+        if matches!(to, Kind::None | Kind::Frozen) {
+            // Older kernels remove a huge page that is write-protected, and the same fault maps smaller ones.
+            let conclusion = covers.filter(|f| !f.concluded).map(|f| f.effect(before, before, false, false));
+            if let Some(conclusion @ Conclusion::NotYet(_)) = conclusion {
+                self.conclude(t, conclusion);
+                self.sync(as_id, start, level);
+            } else if from != Kind::Mmio {
+                let leaf = Leaf { gfn: start, level, spte: change.old };
+                self.removed(t, as_id, if from == Kind::Leaf { vec![leaf] } else { below });
+            }
+            return;
+        }
+        match covers {
+            Some(fault) if !fault.concluded => {
+                let after = self.expected.leaf_at(fault.space, fault.gfn());
+                let mmio = self.expected.is_mmio(fault.space, fault.gfn());
+                let conclusion = fault.effect(before, after, mmio, self.expected.nx_huge_pages);
+                self.conclude(t, conclusion);
+                if matches!(conclusion, Conclusion::NotYet(_)) {
+                    self.sync(as_id, start, level);
+                }
+            }
+            // A second change of the same fault, below a split.
+            Some(_) => self.sync_visible(change),
+            None => {
+                let reason = sweep(change, from, to);
+                self.thread(t).sweeps.insert(reason);
+                self.sync_visible(change);
+            }
+        }
+    }
+
+    /// Copies a change, unless it is only about what the processor sets.
+    pub(super) fn sync_visible(&mut self, change: &Change) {
+        if (change.old ^ change.new) & !spte::ACCESSED_DIRTY != 0 {
+            self.sync(change.as_id, change.gfn, change.level);
+        }
+    }
+
+    /// Older kernels give a root up when a vCPU's mode changes, and take the old one down some time later.
+    pub(super) fn give_up_root(&mut self, nested: bool, change: &Change) {
+        let space = if nested { Space::nested(change.as_id) } else { Space::normal(change.as_id) };
+        if self.fresh_root && self.expected.is_of_another_root(space, change) {
+            self.fresh_root = false;
+            self.expected.detach_tree(NOBODY, space);
+            if !nested {
+                self.steps.push(Step::Sync(SpaceRange { as_id: change.as_id, start: 0, end: u64::MAX }));
+                self.steps.push(Step::NotYetOperation(NotYet::RootChange));
+            }
+        }
+    }
+
+    /// `t` removed these leaves from a live tree: find the reason.
+    pub(super) fn removed(&mut self, t: u32, as_id: u8, leaves: Vec<Leaf>) {
+        for leaf in leaves {
+            let key = (as_id, leaf.gfn, leaf.level);
+            for thread in self.threads.values_mut() {
+                if let Some(unmap) = &mut thread.unmap {
+                    unmap.owed.remove(&key);
+                }
+            }
+            let overlaps = |r: &SpaceRange| r.as_id == as_id && r.start < leaf.end() && leaf.gfn < r.end;
+            if let Some(mut unmap) = self.thread(t).unmap.take_if(|unmap| unmap.ranges.iter().any(overlaps)) {
+                self.execute_unmap(&mut unmap);
+                if unmap.owed.is_empty() {
+                    self.verify_unmap(unmap);
+                } else {
+                    self.thread(t).unmap = Some(unmap);
+                }
+                continue;
+            }
+            let region = self.thread(t).op.as_ref().and_then(|op| op.region);
+            let in_slot = |r: &Region| r.as_id == as_id && r.gfn < leaf.end() && leaf.gfn < r.gfn + r.pages;
+            if region.as_ref().is_some_and(in_slot) {
+                self.begin_slot_change(t);
+                continue;
+            }
+            self.thread(t).removed.push((as_id, leaf));
+        }
+    }
+
+    /// Something is about to happen at `gfn`: removals there whose reason is unknown are copied now.
+    pub(super) fn settle(&mut self, as_id: u8, gfn: u64) {
+        let concerns = |thread: &Thread| {
+            thread.removed.iter().any(|(space, leaf)| *space == as_id && (leaf.gfn..leaf.end()).contains(&gfn))
+        };
+        let threads: Vec<u32> = self.threads.iter().filter(|(_, thread)| concerns(thread)).map(|(&t, _)| t).collect();
+        for t in threads {
+            self.close_activity(t);
+        }
+    }
+}
+
+/// What kind of sweep makes such a change without a fault.
+fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
+    let leaf = |spte| Leaf { gfn: change.gfn, level: change.level, spte };
+    match (from, to) {
+        (Kind::Leaf, Kind::Table) => NotYet::EagerSplit,
+        (Kind::Table, Kind::Leaf) => NotYet::Collapse,
+        (Kind::Leaf, Kind::Leaf) => match (leaf(change.old), leaf(change.new)) {
+            (old, new) if old.is_mmu_writable() && !new.is_mmu_writable() => NotYet::Nested,
+            (old, new) if old.is_writable() != new.is_writable() => NotYet::DirtyLogging,
+            _ if change.old ^ change.new == 0x20 => NotYet::Aging,
+            _ => NotYet::OtherSweep,
+        },
+        _ => NotYet::OtherSweep,
+    }
+}
