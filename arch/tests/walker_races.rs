@@ -4,7 +4,8 @@ mod walker_support;
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tdp_arch::walker::{
     Abort, EptConfig, EptFault, EptWalker, GuestAccess, MAX_LOST_RACES, NptConfig, NptWalker,
@@ -124,29 +125,43 @@ fn an_entry_that_never_holds_still_ends_the_walk() {
     }
 }
 
-/// Memory that threads share.
-struct Shared(Mutex<Vec<u64>>);
-
-impl Shared {
-    fn words(&self) -> MutexGuard<'_, Vec<u64>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Memory as a walking thread sees it, shared with one that changes the leaf. Every other load of a clean leaf lets a
+/// change happen before the update that rests on it.
+struct Walking<'a> {
+    words: &'a Mutex<Vec<u64>>,
+    leaf: Hpa,
+    /// Signalled after each change that is not a walk's.
+    changed: &'a Condvar,
+    clean_loads: Cell<u32>,
+    lost: Cell<u32>,
 }
 
-impl PhysicalMemory for Shared {
+fn lock(words: &Mutex<Vec<u64>>) -> MutexGuard<'_, Vec<u64>> {
+    words.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl PhysicalMemory for Walking<'_> {
     fn load(&self, hpa: Hpa) -> Option<u64> {
-        let value = self.words().get(hpa.0 as usize / 8).copied();
-        // Time for the other thread between a load and the update that rests on it.
-        std::thread::yield_now();
+        let words = lock(self.words);
+        let value = words.get(hpa.0 as usize / 8).copied();
+        let clean = value.is_some_and(|value| value != 0 && value & D == 0);
+        if hpa == self.leaf && clean {
+            self.clean_loads.set(self.clean_loads.get() + 1);
+            if self.clean_loads.get().is_multiple_of(2) {
+                // The time limit only keeps a test that fails elsewhere from hanging.
+                drop(self.changed.wait_timeout(words, Duration::from_millis(50)));
+            }
+        }
         value
     }
 
     fn compare_exchange(&self, hpa: Hpa, current: u64, new: u64) -> Result<(), u64> {
-        let word = &mut self.words()[hpa.0 as usize / 8];
+        let word = &mut lock(self.words)[hpa.0 as usize / 8];
         if *word == current {
             *word = new;
             Ok(())
         } else {
+            self.lost.set(self.lost.get() + 1);
             Err(*word)
         }
     }
@@ -156,18 +171,26 @@ impl PhysicalMemory for Shared {
 /// that were written are exactly those whose leaf had its dirty flag when it was taken: none is lost, none invented.
 #[test]
 fn no_dirty_flag_is_lost_between_threads() {
-    let mut words = vec![0; 5 * 512];
+    let mut tables = vec![0; 5 * 512];
     for (table, next) in [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007)] {
-        words[table / 8] = next;
+        tables[table / 8] = next;
     }
-    let memory = Shared(Mutex::new(words));
     let leaf = Hpa(0x4000);
-    let (walker, rounds) = (ept(), 500);
+    let words = &Mutex::new(tables);
+    let changed = &Condvar::new();
+    let rounds = 50;
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
+        let writer = scope.spawn(move || {
+            let memory = Walking {
+                words,
+                leaf,
+                changed,
+                clean_loads: Cell::new(0),
+                lost: Cell::new(0),
+            };
             let mut written = BTreeSet::new();
             while written.len() < rounds {
-                match walker.walk(&memory, Hpa(0x1000), Gpa(0), GuestAccess::Write) {
+                match ept().walk(&memory, Hpa(0x1000), Gpa(0), GuestAccess::Write) {
                     Ok(found) => {
                         assert!(found.dirty);
                         written.insert(found.hpa.0);
@@ -176,7 +199,7 @@ fn no_dirty_flag_is_lost_between_threads() {
                     Err(other) => panic!("{other}"),
                 }
             }
-            written
+            (written, memory.lost.get())
         });
         let mut dirty = BTreeSet::new();
         let mut harvest = |value: u64| {
@@ -190,17 +213,19 @@ fn no_dirty_flag_is_lost_between_threads() {
         };
         let mut frame = 0x1_0000;
         while !writer.is_finished() {
-            let value = memory.load(leaf).expect("memory");
-            if memory.compare_exchange(leaf, value, 0).is_ok() {
-                harvest(value);
-                frame += 1;
-                let put = memory.compare_exchange(leaf, 0, frame << 12 | WB | 7);
-                put.expect("a walk wrote an entry that is not present");
-            }
+            harvest(std::mem::take(&mut lock(words)[leaf.0 as usize / 8]));
+            std::thread::yield_now();
+            frame += 1;
+            let gap =
+                std::mem::replace(&mut lock(words)[leaf.0 as usize / 8], frame << 12 | WB | 7);
+            assert_eq!(gap, 0, "a walk wrote an entry that is not present");
+            changed.notify_all();
             std::thread::yield_now();
         }
-        harvest(memory.load(leaf).expect("memory"));
-        assert_eq!(writer.join().expect("the writer ends"), dirty);
+        harvest(lock(words)[leaf.0 as usize / 8]);
+        let (written, lost) = writer.join().expect("the writer ends");
+        assert_eq!(written, dirty);
+        assert!(lost > 0, "no update was ever in a race");
     });
 }
 

@@ -313,27 +313,18 @@ fn visit_against_retire() {
 }
 
 #[test]
-fn section_and_visit_against_synchronize() {
-    explore("section + visit x synchronize", Some(1), || {
+fn visit_against_synchronize() {
+    explore("visit x synchronize", Some(2), || {
         let domain = domain();
         let object = Object::new();
-        let mut reader = domain.reader();
-        let walkers = [
-            thread::spawn({
-                let object = object.clone();
-                move || object.walk_in_section(&reader.enter())
-            }),
-            thread::spawn({
-                let (domain, object) = (domain.clone(), object.clone());
-                move || object.walk_in_visit(&domain.visit())
-            }),
-        ];
+        let walker = thread::spawn({
+            let (domain, object) = (domain.clone(), object.clone());
+            move || object.walk_in_visit(&domain.visit())
+        });
         object.unlink();
         domain.synchronize();
         object.free();
-        for walker in walkers {
-            walker.join().unwrap();
-        }
+        walker.join().unwrap();
     });
 }
 

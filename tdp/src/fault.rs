@@ -121,18 +121,16 @@ pub enum MemoryFaultReason {
     NotPermitted,
 }
 
-/// A fault that the MMU cannot resolve.
+/// A fault that the MMU cannot resolve, at the address of the [`Fault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryFault {
-    /// Where.
-    pub gpa: Gpa,
     /// What the guest tried.
     pub access: Access,
     /// Why not.
     pub reason: MemoryFaultReason,
 }
 
-/// How a fault ended.
+/// How a fault ended. Small enough, with its error, to be returned in registers: it does not repeat the address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "says whether to enter the guest, to emulate or to report"]
 pub enum Outcome {
@@ -147,14 +145,14 @@ pub enum Outcome {
     Retry(RetryReason),
     /// No memory there, or a write to a read-only slot: emulate the access.
     Mmio {
-        /// Where.
-        gpa: Gpa,
         /// A slot is there, and read-only.
         read_only: bool,
     },
     /// Tell the guest's owner.
     MemoryFault(MemoryFault),
 }
+
+const _: () = assert!(size_of::<Result<Outcome, FaultError>>() <= 2 * size_of::<usize>());
 
 /// A fault could not be worked on; the tables are as they were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -255,10 +255,7 @@ impl<F: Format, H: Host> Context<F, H> {
     #[cold]
     pub(crate) fn mmio(&self, cache: &mut TableCache, fault: Fault) -> Outcome {
         let gfn = fault.gpa.gfn();
-        let mmio = Outcome::Mmio {
-            gpa: fault.gpa,
-            read_only: false,
-        };
+        let mmio = Outcome::Mmio { read_only: false };
         let generation = self.shared.slots.version();
         let Some(spte) = self
             .shared

@@ -203,10 +203,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if flags.contains(SlotFlags::READ_ONLY) {
             if fault.access.is_write() {
                 self.ctx.shard.add(Stat::Mmio, 1);
-                return Outcome::Mmio {
-                    gpa: fault.gpa,
-                    read_only: true,
-                };
+                return Outcome::Mmio { read_only: true };
             }
             perms = perms.difference(Perms::WRITE);
         }
@@ -319,7 +316,6 @@ impl<F: Format, H: Host> Context<F, H> {
     pub(crate) fn memory_fault(&self, fault: Fault, reason: MemoryFaultReason) -> Outcome {
         self.shard.add(Stat::MemoryFault, 1);
         Outcome::MemoryFault(MemoryFault {
-            gpa: fault.gpa,
             access: fault.access,
             reason,
         })

@@ -27,7 +27,8 @@ Flags follow KVM's demand_paging_test. What is measured is the MMU alone: no VM 
 Two operations of the library are timed: 'fault' is the whole fault (slot look-up, staleness check, choice of a level,
 install, statistics), 'map' the bare install of a known frame. 'warm' starts with all tables in place, 'fresh' with
 none. Every contender is run by one vCPU and by all of them; contenders take turns in one process. One vCPU is charged
-its processor time, several are charged wall time.
+its processor time, several are charged wall time, so they want processors that nobody else uses: a lap from which the
+system took one away is repeated, up to five times ('preemptions' in the JSON tells what is left).
 
 A ratio is a contender's time over the library's for the same work: above 1 the library is faster. 'floor' is a raw walk
 and one compare-exchange, tables preallocated, and cannot be beaten: its ratio is below 1.";

@@ -6,7 +6,7 @@
 //! the library is brought back into the recorded state, so that one difference is told once.
 
 use super::expect::{Expected, Space};
-use super::findings::{Difference, Findings, Mapped};
+use super::findings::{Difference, Findings};
 use super::host::TraceHost;
 use super::processor::{PHYSICAL_BITS, Processor};
 use super::scenario::Region;
@@ -16,8 +16,8 @@ use super::trace::{ADDRESS_SPACES, SpaceRange};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use tdp::{
-    Access, AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mapping, Mmu, MmuError, Outcome, Perms,
-    Pfn, Slot, SlotError, SlotFlags, SlotId, TableMemory, TlbVcpu, Vcpu,
+    Access, AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mapping, Mmu,
+    MmuError, Outcome, Perms, Pfn, Slot, SlotError, SlotFlags, SlotId, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::WalkError;
@@ -66,7 +66,14 @@ impl<F: Processor> Driver<F> {
     /// A driver with nothing mapped; `findings` names the scenario.
     pub fn new(mmio_caching: bool, findings: Findings) -> Self {
         let (root, slots, left) = (Level::L4, BTreeMap::new(), Vec::new());
-        Self { machine: None, root, mmio_caching, slots, left, findings }
+        Self {
+            machine: None,
+            root,
+            mmio_caching,
+            slots,
+            left,
+            findings,
+        }
     }
 
     /// Executes a step.
@@ -77,7 +84,7 @@ impl<F: Processor> Driver<F> {
     pub fn execute(&mut self, step: &Step, expected: &Expected) -> Result<(), Stop> {
         match step {
             &Step::Root(level) => self.set_root(level, expected)?,
-            Step::Slot(change) => self.slot(change)?,
+            Step::Slot { seq, change } => self.slot(*seq, change)?,
             Step::InvalidateRoots => self.machine()?.mmu.invalidate_roots().finish(),
             Step::Invalidate(ranges) => self.invalidate(ranges)?,
             Step::Access(access) => self.access(access)?,
@@ -85,13 +92,19 @@ impl<F: Processor> Driver<F> {
             &Step::NotYetFault { reason, ahead, .. } => self.findings.fault_not_yet(reason, ahead),
             &Step::NotYetOperation(reason) => self.not_yet(reason),
             Step::Sync(range) => self.sync(range, expected)?,
-            Step::Verify { seq, operation, ranges } => {
+            Step::Verify {
+                seq,
+                operation,
+                ranges,
+            } => {
                 let matched = self.verify(*seq, ranges, expected)?;
                 self.findings.operation(*operation, matched);
             }
             &Step::Compare { seq } => self.compare(seq, expected)?,
             Step::Teardown { seq, leaves } => self.teardown(*seq, leaves)?,
-            &Step::Contradiction { seq, contradiction } => self.findings.differs((seq, contradiction).into()),
+            &Step::Contradiction { seq, contradiction } => {
+                self.findings.differs((seq, contradiction).into())
+            }
         }
         Ok(())
     }
@@ -103,7 +116,10 @@ impl<F: Processor> Driver<F> {
             self.findings.peak_frames = self.findings.peak_frames.max(peak as u64);
         }
         // A host that is still there has leaked as a whole.
-        let leaked = self.left.iter().map(|left| left.get().copied().unwrap_or(TraceHost::FRAMES) as u64);
+        let leaked = self
+            .left
+            .iter()
+            .map(|left| left.get().copied().unwrap_or(TraceHost::FRAMES) as u64);
         self.findings.leaked_frames = leaked.sum();
         self.findings.levels = self.root.number();
         self.findings
@@ -124,18 +140,31 @@ impl<F: Processor> Driver<F> {
             for region in self.slots.values() {
                 mmu.slots().insert(slot_of(region))?;
             }
-            self.machine = Some(Machine { vcpus: BTreeMap::new(), hand: mmu.vcpu()?, mmu });
+            self.machine = Some(Machine {
+                vcpus: BTreeMap::new(),
+                hand: mmu.vcpu()?,
+                mmu,
+            });
         }
         self.machine.as_mut().ok_or_else(|| "no machine".into())
     }
 
     /// Trees get another level: a guest with wider addresses. Everything is made anew.
     fn set_root(&mut self, level: u8, expected: &Expected) -> Result<(), Stop> {
-        let Some(level) = Level::from_number(level).filter(|&level| level != self.root) else { return Ok(()) };
+        let Some(level) = Level::from_number(level).filter(|&level| level != self.root) else {
+            return Ok(());
+        };
         self.root = level;
         if self.machine.take().is_some() {
             for as_id in 0..ADDRESS_SPACES {
-                self.sync(&SpaceRange { as_id, start: 0, end: u64::MAX }, expected)?;
+                self.sync(
+                    &SpaceRange {
+                        as_id,
+                        start: 0,
+                        end: u64::MAX,
+                    },
+                    expected,
+                )?;
             }
         }
         Ok(())
@@ -143,10 +172,13 @@ impl<F: Processor> Driver<F> {
 
     fn gfns(&self, range: &SpaceRange) -> GfnRange {
         let limit = self.root.gfn_limit();
-        GfnRange { start: Gfn(range.start).min(limit), end: Gfn(range.end).min(limit) }
+        GfnRange {
+            start: Gfn(range.start).min(limit),
+            end: Gfn(range.end).min(limit),
+        }
     }
 
-    fn slot(&mut self, change: &SlotChange) -> Result<(), Stop> {
+    fn slot(&mut self, seq: u64, change: &SlotChange) -> Result<(), Stop> {
         let (operation, seen) = (change.operation(), self.machine.is_some());
         let slots = &mut self.slots;
         let region = match *change {
@@ -173,9 +205,19 @@ impl<F: Processor> Driver<F> {
             SlotChange::Flags(region) => slots.set_flags(as_id, id, flags_of(region)),
         };
         if let Err(error) = &done {
-            let (expected, got) = ("a slot change that KVM accepted".to_owned(), error.to_string());
+            let (expected, got) = (
+                "a slot change that KVM accepted".to_owned(),
+                error.to_string(),
+            );
             let Region { as_id, gfn, .. } = region;
-            self.findings.note(Difference { seq: 0, as_id, gfn, level: 0, expected, got });
+            self.findings.note(Difference {
+                seq,
+                as_id,
+                gfn,
+                level: 0,
+                expected,
+                got,
+            });
         }
         self.findings.operation(operation, done.is_ok());
         Ok(())
@@ -203,11 +245,19 @@ impl<F: Processor> Driver<F> {
         mmu.zap(space(range.as_id), gfns).flush();
         hand.set_address_space(space(range.as_id))?;
         for leaf in expected.leaves(Space::normal(range.as_id), range.start, range.end) {
-            let mut perms = if leaf.is_executable() { Perms::RX } else { Perms::READ };
+            let mut perms = if leaf.is_executable() {
+                Perms::RX
+            } else {
+                Perms::READ
+            };
             perms.set(Perms::WRITE, leaf.is_writable());
             let level = Level::from_number(leaf.level).unwrap_or(Level::L1);
             // Whether it came out as recorded shows when it is compared.
-            let _outcome = hand.map(Gfn(leaf.gfn), Mapping::memory(Pfn(leaf.pfn()), level, perms), Access::Read)?;
+            let _outcome = hand.map(
+                Gfn(leaf.gfn),
+                Mapping::memory(Pfn(leaf.pfn()), level, perms),
+                Access::Read,
+            )?;
         }
         Ok(())
     }
@@ -221,10 +271,19 @@ impl<F: Processor> Driver<F> {
             std::collections::btree_map::Entry::Occupied(cpu) => cpu.into_mut(),
             std::collections::btree_map::Entry::Vacant(place) => {
                 let mut vcpu = mmu.vcpu()?;
-                let LoadedRoot { hpa, generation, .. } = vcpu.load_root()?;
+                let LoadedRoot {
+                    hpa, generation, ..
+                } = vcpu.load_root()?;
                 let processor = Box::new(SoftwareVcpu::new(F::walker(root)?, hpa));
                 let tlb = mmu.host().tlb().vcpu();
-                place.insert(Cpu { vcpu, processor, tlb, generation, reported: None, astray: false })
+                place.insert(Cpu {
+                    vcpu,
+                    processor,
+                    tlb,
+                    generation,
+                    reported: None,
+                    astray: false,
+                })
             }
         };
         Ok((cpu, mmu))
@@ -244,7 +303,12 @@ impl<F: Processor> Driver<F> {
         cpu.tlb.exit();
         cpu.reported = None;
         match walked {
-            Ok(translation) => Ok((Meets::Page { pfn: translation.hpa.pfn().0 }, true)),
+            Ok(translation) => Ok((
+                Meets::Page {
+                    pfn: translation.hpa.pfn().0,
+                },
+                true,
+            )),
             Err(WalkError::Fault(report)) => {
                 let code = F::code_of(report, guest_access);
                 cpu.reported = Some(code);
@@ -260,10 +324,28 @@ impl<F: Processor> Driver<F> {
         let meant = Meets::reported(access.code);
         let astray = met != access.meets || (meant == met && !as_reported);
         if astray {
-            let GuestAccess { seq, as_id, gpa, code, meets, .. } = *access;
+            let GuestAccess {
+                seq,
+                as_id,
+                gpa,
+                code,
+                meets,
+                ..
+            } = *access;
             let expected = format!("{meets:?} for an access reported as {:#x}", code.0);
-            let got = if met == meets { "another report".to_owned() } else { format!("{met:?}") };
-            self.findings.note(Difference { seq, as_id, gfn: gpa >> 12, level: 0, expected, got });
+            let got = if met == meets {
+                "another report".to_owned()
+            } else {
+                format!("{met:?}")
+            };
+            self.findings.note(Difference {
+                seq,
+                as_id,
+                gfn: gpa >> 12,
+                level: 0,
+                expected,
+                got,
+            });
         }
         self.cpu(Some(access.vcpu))?.0.astray = astray;
         Ok(())
@@ -276,7 +358,10 @@ impl<F: Processor> Driver<F> {
         mmu.host().prepare(Some((gfn, fault.answer)));
         let asked = match cpu.reported.take() {
             Some(code) if !fault.ahead => tdp::Fault::from_code(code, Gpa(fault.gpa)),
-            _ => tdp::Fault { prefetch: fault.ahead, ..tdp::Fault::new(Gpa(fault.gpa), fault.code.access()) },
+            _ => tdp::Fault {
+                prefetch: fault.ahead,
+                ..tdp::Fault::new(Gpa(fault.gpa), fault.code.access())
+            },
         };
         let outcome = cpu.vcpu.fault(asked);
         mmu.host().prepare(None);
@@ -285,7 +370,9 @@ impl<F: Processor> Driver<F> {
 
         let leaf = expected.leaf_at(Space::normal(fault.as_id), gfn);
         let as_recorded = match (fault.recorded, outcome) {
-            (Recorded::Mapped, Outcome::Fixed { level }) => leaf.is_some_and(|leaf| leaf.level == level.number()),
+            (Recorded::Mapped, Outcome::Fixed { level }) => {
+                leaf.is_some_and(|leaf| leaf.level == level.number())
+            }
             (Recorded::Unchanged, Outcome::Spurious)
             | (Recorded::Retried, Outcome::Retry(_) | Outcome::Spurious)
             | (Recorded::Mmio, Outcome::Mmio { .. })
@@ -295,7 +382,14 @@ impl<F: Processor> Driver<F> {
         if !as_recorded {
             let (seq, as_id, level) = (fault.seq, fault.as_id, leaf.map_or(0, |leaf| leaf.level));
             let (expected, got) = (format!("{:?}", fault.recorded), format!("{outcome:?}"));
-            self.findings.note(Difference { seq, as_id, gfn, level, expected, got });
+            self.findings.note(Difference {
+                seq,
+                as_id,
+                gfn,
+                level,
+                expected,
+                got,
+            });
         }
         let maps = self.maps(fault.seq, fault.as_id, gfn, leaf)?;
         let reached = maps && self.reaches(fault, leaf, expected)?;
@@ -308,20 +402,54 @@ impl<F: Processor> Driver<F> {
     }
 
     /// Whether the access, made again, meets the page, or the MMIO entry that was recorded.
-    fn reaches(&mut self, fault: &Fault, leaf: Option<Leaf>, expected: &Expected) -> Result<bool, Stop> {
+    fn reaches(
+        &mut self,
+        fault: &Fault,
+        leaf: Option<Leaf>,
+        expected: &Expected,
+    ) -> Result<bool, Stop> {
         let gfn = fault.gpa >> 12;
         let meets = match (fault.recorded, leaf) {
-            (Recorded::Mapped | Recorded::Unchanged, Some(leaf)) => Meets::Page { pfn: leaf.pfn() + (gfn - leaf.gfn) },
-            (Recorded::Mmio, None) if expected.is_mmio(Space::normal(fault.as_id), gfn) => Meets::Mmio,
+            (Recorded::Mapped | Recorded::Unchanged, Some(leaf)) => Meets::Page {
+                pfn: leaf.pfn() + (gfn - leaf.gfn),
+            },
+            (Recorded::Mmio, None) if expected.is_mmio(Space::normal(fault.as_id), gfn) => {
+                Meets::Mmio
+            }
             _ => return Ok(true),
         };
-        let Fault { seq, as_id, gpa, code, .. } = *fault;
-        let Some(vcpu) = fault.vcpu else { return Ok(true) };
-        let (met, _) = self.touch(&GuestAccess { seq, vcpu, as_id, gpa, code, meets })?;
+        let Fault {
+            seq,
+            as_id,
+            gpa,
+            code,
+            ..
+        } = *fault;
+        let Some(vcpu) = fault.vcpu else {
+            return Ok(true);
+        };
+        let (met, _) = self.touch(&GuestAccess {
+            seq,
+            vcpu,
+            as_id,
+            gpa,
+            code,
+            meets,
+        })?;
         if met != meets {
-            let (expected, got) = (format!("{meets:?} for the access made again"), format!("{met:?}"));
+            let (expected, got) = (
+                format!("{meets:?} for the access made again"),
+                format!("{met:?}"),
+            );
             let level = leaf.map_or(1, |leaf| leaf.level);
-            self.findings.note(Difference { seq, as_id, gfn, level, expected, got });
+            self.findings.note(Difference {
+                seq,
+                as_id,
+                gfn,
+                level,
+                expected,
+                got,
+            });
         }
         Ok(met == meets)
     }
@@ -345,7 +473,10 @@ impl<F: Processor> Cpu<F> {
 
 fn slot_of(region: &Region) -> Slot<()> {
     let gfns = Gfn(region.gfn)..Gfn(region.gfn + region.pages);
-    Slot::new(gfns, ()).in_space(space(region.as_id)).with_id(SlotId(region.slot)).with_flags(flags_of(region))
+    Slot::new(gfns, ())
+        .in_space(space(region.as_id))
+        .with_id(SlotId(region.slot))
+        .with_flags(flags_of(region))
 }
 
 fn flags_of(region: &Region) -> SlotFlags {

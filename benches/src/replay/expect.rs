@@ -88,17 +88,35 @@ pub enum Wrong {
 impl fmt::Display for Wrong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::OldValue { was: Some(was), old } => write!(f, "recorded old value {old:#x}, but {was:#x} was written last"),
-            Self::OldValue { was: None, old } => write!(f, "recorded old value {old:#x}, but nothing was there"),
+            Self::OldValue {
+                was: Some(was),
+                old,
+            } => write!(
+                f,
+                "recorded old value {old:#x}, but {was:#x} was written last"
+            ),
+            Self::OldValue { was: None, old } => {
+                write!(f, "recorded old value {old:#x}, but nothing was there")
+            }
             Self::NoTable => f.write_str("recorded entry below no recorded table"),
-            Self::LeftBehind(spte) => write!(f, "{spte:#x} was left behind by the removal of its table"),
+            Self::LeftBehind(spte) => {
+                write!(f, "{spte:#x} was left behind by the removal of its table")
+            }
             Self::Unknown(spte) => write!(f, "{spte:#x} is no entry of KVM's"),
             Self::NoFault => f.write_str("recorded entry without a fault that made it"),
-            Self::NotMarked => f.write_str("an MMIO entry is reported as made, without an event that made it"),
-            Self::NotMet { reported } => {
-                write!(f, "the processor reported {reported:#x}, which the recorded tables do not explain")
+            Self::NotMarked => {
+                f.write_str("an MMIO entry is reported as made, without an event that made it")
             }
-            Self::NotMade(spte) => write!(f, "{spte:#x} is reported as made, without an event that made it"),
+            Self::NotMet { reported } => {
+                write!(
+                    f,
+                    "the processor reported {reported:#x}, which the recorded tables do not explain"
+                )
+            }
+            Self::NotMade(spte) => write!(
+                f,
+                "{spte:#x} is reported as made, without an event that made it"
+            ),
         }
     }
 }
@@ -160,7 +178,10 @@ fn is_gone(kind: Kind) -> bool {
 impl Expected {
     /// Nothing mapped.
     pub fn new(nx_huge_pages: bool) -> Self {
-        Self { nx_huge_pages, ..Self::default() }
+        Self {
+            nx_huge_pages,
+            ..Self::default()
+        }
     }
 
     /// Roots have this level from now on.
@@ -173,8 +194,16 @@ impl Expected {
     /// # Errors
     ///
     /// [`Contradiction`] if the event cannot follow what came before. The entry then is what the event says.
-    pub fn apply(&mut self, thread: u32, nested: bool, change: &Change) -> Result<Applied, Contradiction> {
-        let (from, to) = (kind(change.old, change.level), kind(change.new, change.level));
+    pub fn apply(
+        &mut self,
+        thread: u32,
+        nested: bool,
+        change: &Change,
+    ) -> Result<Applied, Contradiction> {
+        let (from, to) = (
+            kind(change.old, change.level),
+            kind(change.new, change.level),
+        );
         let applied = |place| Ok(Applied { place, from, to });
         if to == Kind::Unknown || (to == Kind::Leaf && change.level > 3) {
             return Err(contradiction(change, Wrong::Unknown(change.new)));
@@ -185,31 +214,58 @@ impl Expected {
         if is_gone(from) && is_gone(to) {
             return applied(Place::Nowhere);
         }
-        let own = if nested { Space::nested(change.as_id) } else { Space::normal(change.as_id) };
-        let spaces = if is_gone(from) { [own, own] } else { [Space::normal(change.as_id), Space::nested(change.as_id)] };
+        let own = if nested {
+            Space::nested(change.as_id)
+        } else {
+            Space::normal(change.as_id)
+        };
+        let spaces = if is_gone(from) {
+            [own, own]
+        } else {
+            [Space::normal(change.as_id), Space::nested(change.as_id)]
+        };
         let key = |space| (space, change.gfn, change.level);
-        let found = spaces.into_iter().find(|&space| match self.live.get(&key(space)) {
-            Some(&now) => is_same(now, change.old),
-            None => is_gone(from),
-        });
+        let found = spaces
+            .into_iter()
+            .find(|&space| match self.live.get(&key(space)) {
+                Some(&now) => is_same(now, change.old),
+                None => is_gone(from),
+            });
         let Some(space) = found else {
             let was = self.live.get(&key(own)).copied();
             self.write(thread, own, change);
-            return Err(contradiction(change, Wrong::OldValue { was, old: change.old }));
+            return Err(contradiction(
+                change,
+                Wrong::OldValue {
+                    was,
+                    old: change.old,
+                },
+            ));
         };
         let below_table = is_gone(to) || self.has_parent(space, change);
         self.write(thread, space, change);
-        if below_table { applied(Place::Live(space)) } else { Err(contradiction(change, Wrong::NoTable)) }
+        if below_table {
+            applied(Place::Live(space))
+        } else {
+            Err(contradiction(change, Wrong::NoTable))
+        }
     }
 
     /// Removes the entry from what is detached. A thread looks at what it took down itself first.
     fn remove_detached(&mut self, thread: u32, change: &Change) -> bool {
         let holds = |d: &Detached| {
             d.as_id == change.as_id
-                && d.entries.get(&(change.level, change.gfn)).is_some_and(|&now| is_same(now, change.old))
+                && d.entries
+                    .get(&(change.level, change.gfn))
+                    .is_some_and(|&now| is_same(now, change.old))
         };
-        let own = self.detached.iter().position(|d| d.owner == thread && holds(d));
-        let Some(index) = own.or_else(|| self.detached.iter().position(holds)) else { return false };
+        let own = self
+            .detached
+            .iter()
+            .position(|d| d.owner == thread && holds(d));
+        let Some(index) = own.or_else(|| self.detached.iter().position(holds)) else {
+            return false;
+        };
         if let Some(detached) = self.detached.get_mut(index) {
             detached.entries.remove(&(change.level, change.gfn));
         }
@@ -222,12 +278,17 @@ impl Expected {
         }
         let parent = change.level + 1;
         let key = (space, spte::align(change.gfn, parent), parent);
-        self.live.get(&key).is_some_and(|&now| kind(now, parent) == Kind::Table)
+        self.live
+            .get(&key)
+            .is_some_and(|&now| kind(now, parent) == Kind::Table)
     }
 
     /// Writes the new value, with what follows from it for the entries below.
     fn write(&mut self, thread: u32, space: Space, change: &Change) {
-        let (from, to) = (kind(change.old, change.level), kind(change.new, change.level));
+        let (from, to) = (
+            kind(change.old, change.level),
+            kind(change.new, change.level),
+        );
         let key = (space, change.gfn, change.level);
         if is_gone(to) {
             self.live.remove(&key);
@@ -238,10 +299,15 @@ impl Expected {
             self.detach(thread, space, change.gfn, change.level);
         }
         if from == Kind::Leaf && to == Kind::Table {
-            let huge = Leaf { gfn: change.gfn, level: change.level, spte: change.old };
+            let huge = Leaf {
+                gfn: change.gfn,
+                level: change.level,
+                spte: change.old,
+            };
             for index in 0..512 {
                 let child = huge.child(index, self.nx_huge_pages);
-                self.live.insert((space, child.gfn, child.level), child.spte);
+                self.live
+                    .insert((space, child.gfn, child.level), child.spte);
             }
         }
     }
@@ -261,7 +327,11 @@ impl Expected {
             }
         }
         if !entries.is_empty() {
-            self.detached.push(Detached { owner, as_id: space.as_id(), entries });
+            self.detached.push(Detached {
+                owner,
+                as_id: space.as_id(),
+                entries,
+            });
         }
     }
 
@@ -275,9 +345,16 @@ impl Expected {
 
     /// One root becomes obsolete; `owner` takes it down.
     pub fn detach_tree(&mut self, owner: u32, space: Space) {
-        let entries: HashMap<(u8, u64), u64> =
-            self.live.extract_if((space, 0, 0)..=(space, u64::MAX, u8::MAX), |_, _| true).map(|((_, gfn, level), now)| ((level, gfn), now)).collect();
-        self.detached.push(Detached { owner, as_id: space.as_id(), entries });
+        let entries: HashMap<(u8, u64), u64> = self
+            .live
+            .extract_if((space, 0, 0)..=(space, u64::MAX, u8::MAX), |_, _| true)
+            .map(|((_, gfn, level), now)| ((level, gfn), now))
+            .collect();
+        self.detached.push(Detached {
+            owner,
+            as_id: space.as_id(),
+            entries,
+        });
     }
 
     /// Whether `change` makes an entry at the top of a tree that has that entry already: it belongs to another root.
@@ -297,7 +374,12 @@ impl Expected {
             }
             for (&(level, gfn), &now) in &detached.entries {
                 if matches!(kind(now, level), Kind::Leaf | Kind::Table) {
-                    left.push(Contradiction { as_id: detached.as_id, level, gfn, what: Wrong::LeftBehind(now) });
+                    left.push(Contradiction {
+                        as_id: detached.as_id,
+                        level,
+                        gfn,
+                        what: Wrong::LeftBehind(now),
+                    });
                 }
             }
             false
@@ -313,11 +395,19 @@ impl Expected {
     /// [`Contradiction`] if the entry was not what the event says.
     pub fn repair(&mut self, space: Space, change: &Change) -> Result<(), Contradiction> {
         match self.live.get_mut(&(space, change.gfn, change.level)) {
-            Some(now) if is_same(*now, change.old) && kind(change.new, change.level) == Kind::Leaf => {
+            Some(now)
+                if is_same(*now, change.old) && kind(change.new, change.level) == Kind::Leaf =>
+            {
                 *now = change.new;
                 Ok(())
             }
-            now => Err(contradiction(change, Wrong::OldValue { was: now.copied(), old: change.old })),
+            now => Err(contradiction(
+                change,
+                Wrong::OldValue {
+                    was: now.copied(),
+                    old: change.old,
+                },
+            )),
         }
     }
 
@@ -326,18 +416,28 @@ impl Expected {
         (1..=3).find_map(|level| {
             let first = spte::align(gfn, level);
             let &spte = self.live.get(&(space, first, level))?;
-            (kind(spte, level) == Kind::Leaf).then_some(Leaf { gfn: first, level, spte })
+            (kind(spte, level) == Kind::Leaf).then_some(Leaf {
+                gfn: first,
+                level,
+                spte,
+            })
         })
     }
 
     /// Whether `gfn` is known to be device memory.
     pub fn is_mmio(&self, space: Space, gfn: u64) -> bool {
-        self.live.get(&(space, gfn, 1)).is_some_and(|&now| kind(now, 1) == Kind::Mmio)
+        self.live
+            .get(&(space, gfn, 1))
+            .is_some_and(|&now| kind(now, 1) == Kind::Mmio)
     }
 
     /// The leaves that map any frame of `[start, end)`, in order.
     pub fn leaves(&self, space: Space, start: u64, end: u64) -> impl Iterator<Item = Leaf> {
-        let over_start = if start < end { self.leaf_at(space, start).filter(|leaf| leaf.gfn < start) } else { None };
+        let over_start = if start < end {
+            self.leaf_at(space, start).filter(|leaf| leaf.gfn < start)
+        } else {
+            None
+        };
         let inside = self
             .live
             .range((space, start, 0)..(space, end.max(start), 0))
@@ -352,16 +452,24 @@ impl Expected {
     }
 
     /// Entries of the trees that vCPUs use.
-    pub fn len(&self) -> usize {
+    pub fn entries(&self) -> usize {
         self.live.len()
     }
 
     /// Whether no tree maps anything.
     pub fn maps_nothing(&self) -> bool {
-        !self.live.iter().any(|(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
+        !self
+            .live
+            .iter()
+            .any(|(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
     }
 }
 
 fn contradiction(change: &Change, what: Wrong) -> Contradiction {
-    Contradiction { as_id: change.as_id, level: change.level, gfn: change.gfn, what }
+    Contradiction {
+        as_id: change.as_id,
+        level: change.level,
+        gfn: change.gfn,
+        what,
+    }
 }

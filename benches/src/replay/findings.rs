@@ -32,7 +32,11 @@ impl Tally {
     /// Counts one that could be compared.
     pub fn count(&mut self, matched: bool) {
         self.total += 1;
-        if matched { self.matched += 1 } else { self.unexplained += 1 }
+        if matched {
+            self.matched += 1
+        } else {
+            self.unexplained += 1
+        }
     }
 
     fn add(&mut self, other: &Self) {
@@ -67,24 +71,61 @@ fn hexadecimal<S: serde::Serializer>(gfn: &u64, serializer: S) -> Result<S::Ok, 
 
 impl Difference {
     /// A difference about what maps a frame.
-    pub fn mapping(seq: u64, as_id: u8, gfn: u64, expected: Option<Mapped>, got: Option<Mapped>) -> Self {
+    pub fn mapping(
+        seq: u64,
+        as_id: u8,
+        gfn: u64,
+        expected: Option<Mapped>,
+        got: Option<Mapped>,
+    ) -> Self {
         let level = expected.or(got).map_or(0, |mapped| mapped.level);
-        let show = |mapped: Option<Mapped>| mapped.map_or_else(|| "nothing mapped".to_owned(), |m| m.to_string());
-        Self { seq, as_id, gfn, level, expected: show(expected), got: show(got) }
+        let show = |mapped: Option<Mapped>| {
+            mapped.map_or_else(|| "nothing mapped".to_owned(), |m| m.to_string())
+        };
+        Self {
+            seq,
+            as_id,
+            gfn,
+            level,
+            expected: show(expected),
+            got: show(got),
+        }
     }
 }
 
 impl From<(u64, Contradiction)> for Difference {
     fn from((seq, contradiction): (u64, Contradiction)) -> Self {
-        let Contradiction { as_id, level, gfn, what } = contradiction;
-        Self { seq, as_id, gfn, level, expected: "a trace that agrees with itself".to_owned(), got: what.to_string() }
+        let Contradiction {
+            as_id,
+            level,
+            gfn,
+            what,
+        } = contradiction;
+        Self {
+            seq,
+            as_id,
+            gfn,
+            level,
+            expected: "a trace that agrees with itself".to_owned(),
+            got: what.to_string(),
+        }
     }
 }
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seq, as_id, gfn, level, expected, got } = self;
-        write!(f, "seq {seq}, as_id {as_id}, gfn {gfn:#x}, level {level}: expected {expected}, got {got}")
+        let Self {
+            seq,
+            as_id,
+            gfn,
+            level,
+            expected,
+            got,
+        } = self;
+        write!(
+            f,
+            "seq {seq}, as_id {as_id}, gfn {gfn:#x}, level {level}: expected {expected}, got {got}"
+        )
     }
 }
 
@@ -113,21 +154,42 @@ impl Mapped {
 
 impl From<Leaf> for Mapped {
     fn from(leaf: Leaf) -> Self {
-        let (writable, protected) = (leaf.is_writable(), leaf.is_host_writable() && !leaf.is_writable());
-        Self { gfn: leaf.gfn, level: leaf.level, pfn: leaf.pfn(), writable, protected }
+        let (writable, protected) = (
+            leaf.is_writable(),
+            leaf.is_host_writable() && !leaf.is_writable(),
+        );
+        Self {
+            gfn: leaf.gfn,
+            level: leaf.level,
+            pfn: leaf.pfn(),
+            writable,
+            protected,
+        }
     }
 }
 
 impl From<tdp::Leaf> for Mapped {
     fn from(leaf: tdp::Leaf) -> Self {
         let writable = leaf.perms.contains(tdp::Perms::WRITE);
-        Self { gfn: leaf.gfn.0, level: leaf.level.number(), pfn: leaf.pfn.0, writable, protected: false }
+        Self {
+            gfn: leaf.gfn.0,
+            level: leaf.level.number(),
+            pfn: leaf.pfn.0,
+            writable,
+            protected: false,
+        }
     }
 }
 
 impl fmt::Display for Mapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gfn, level, pfn, writable, .. } = self;
+        let Self {
+            gfn,
+            level,
+            pfn,
+            writable,
+            ..
+        } = self;
         let writable = if *writable { "writable" } else { "read-only" };
         write!(f, "level {level} gfn {gfn:#x} -> pfn {pfn:#x} {writable}")
     }
@@ -136,7 +198,7 @@ impl fmt::Display for Mapped {
 /// What the replay of one trace on one format found.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Findings {
-    /// Name of the scenario.
+    /// Name of the scenario, after that of the folder that it is in.
     pub name: String,
     /// The file.
     pub path: String,
@@ -200,8 +262,15 @@ impl Findings {
             return self.operation(Operation::PreFault, matched);
         }
         self.faults += 1;
-        if matched { self.matched += 1 } else { self.unexplained += 1 }
-        self.faults_by_outcome.entry(recorded).or_default().count(matched);
+        if matched {
+            self.matched += 1
+        } else {
+            self.unexplained += 1
+        }
+        self.faults_by_outcome
+            .entry(recorded)
+            .or_default()
+            .count(matched);
     }
 
     /// Counts a fault, or what was mapped ahead, that belongs to a sweep.
@@ -218,12 +287,18 @@ impl Findings {
     pub fn operation(&mut self, operation: Operation, matched: bool) {
         self.unexplained += u64::from(!matched);
         self.operations.count(matched);
-        self.operations_by_kind.entry(operation).or_default().count(matched);
+        self.operations_by_kind
+            .entry(operation)
+            .or_default()
+            .count(matched);
     }
 
     /// Counts an operation that belongs to a sweep.
     pub fn operation_not_yet(&mut self, operation: Operation, reason: NotYet) {
-        for tally in [&mut self.operations, self.operations_by_kind.entry(operation).or_default()] {
+        for tally in [
+            &mut self.operations,
+            self.operations_by_kind.entry(operation).or_default(),
+        ] {
             tally.total += 1;
             tally.not_yet += 1;
         }

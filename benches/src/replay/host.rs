@@ -5,8 +5,8 @@ use super::step::Answer;
 use parking_lot::Mutex;
 use std::sync::{Arc, OnceLock};
 use tdp::{
-    Access, FlushRequest, Gfn, Host, Level, Lookup, Mapping, MmapPool, Perms, Pfn, PoolConfig, PoolError, Slot,
-    SoftwareHost, TlbTracker,
+    Access, FlushRequest, Gfn, Host, Level, Lookup, Mapping, MmapPool, Perms, Pfn, PoolConfig,
+    PoolError, Slot, SoftwareHost, TlbTracker,
 };
 
 /// See the module.
@@ -29,9 +29,18 @@ impl TraceHost {
     ///
     /// If there is no memory for the frames.
     pub fn new(left: Arc<OnceLock<usize>>) -> Result<Self, PoolError> {
-        let base = Pfn((1 << (PHYSICAL_BITS - tdp::PAGE_SIZE.trailing_zeros())) - Self::FRAMES as u64);
-        let pool = MmapPool::new(PoolConfig { frames: Self::FRAMES, base, huge_pages: false })?;
-        Ok(Self { inner: SoftwareHost::new(pool), answer: Mutex::new(None), left })
+        let base =
+            Pfn((1 << (PHYSICAL_BITS - tdp::PAGE_SIZE.trailing_zeros())) - Self::FRAMES as u64);
+        let pool = MmapPool::new(PoolConfig {
+            frames: Self::FRAMES,
+            base,
+            huge_pages: false,
+        })?;
+        Ok(Self {
+            inner: SoftwareHost::new(pool),
+            answer: Mutex::new(None),
+            left,
+        })
     }
 
     /// Answers so if asked for `gfn`, until the next call.
@@ -55,7 +64,14 @@ impl Host for TraceHost {
 
     fn lookup(&self, _slot: &Slot<()>, gfn: Gfn, _access: Access) -> Lookup {
         match *self.answer.lock() {
-            Some((asked, Answer::Mapped { pfn, level, writable })) if asked == gfn.0 => {
+            Some((
+                asked,
+                Answer::Mapped {
+                    pfn,
+                    level,
+                    writable,
+                },
+            )) if asked == gfn.0 => {
                 let level = Level::from_number(level).unwrap_or(Level::L1);
                 let perms = if writable { Perms::RWX } else { Perms::RX };
                 Lookup::Mapped(Mapping::memory(Pfn(pfn), level, perms))

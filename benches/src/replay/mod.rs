@@ -106,7 +106,7 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     let scenario = source::scenario(path)?;
     let mut lines = source::Lines::open(path)?;
     let findings = Findings {
-        name: scenario.name.clone(),
+        name: in_folder(path, &scenario.name),
         path: path.display().to_string(),
         format: F::NAME.to_owned(),
         ..Findings::default()
@@ -118,7 +118,9 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     loop {
         let number = lines.number() + 1;
         let at = |error: driver::Stop| Error::run(format!("{}:{number}", path.display()), error);
-        let Some(text) = lines.next_line().map_err(|e| at(e.into()))? else { break };
+        let Some(text) = lines.next_line().map_err(|e| at(e.into()))? else {
+            break;
+        };
         let line = Line::parse(text).map_err(|e| at(e.into()))?;
         faults += u64::from(matches!(line.event, Event::PageFault { .. }));
         cut = limit.is_some_and(|limit| faults > limit);
@@ -145,8 +147,27 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     Ok(findings)
 }
 
+/// `name` after the name of the folder of `path`: the same scenarios are recorded on several kernels.
+fn in_folder(path: &Path, name: &str) -> String {
+    let folder = path.parent().and_then(Path::file_name);
+    folder.map_or_else(
+        || name.to_owned(),
+        |folder| format!("{}/{name}", folder.to_string_lossy()),
+    )
+}
+
 fn show(output: &Output, summary: &Summary) {
-    let header = ["scenario", "faults", "matched", "not yet", "unexplained", "operations", "not yet", "leaked", "ms"];
+    let header = [
+        "scenario",
+        "faults",
+        "matched",
+        "not yet",
+        "unexplained",
+        "operations",
+        "not yet",
+        "leaked",
+        "ms",
+    ];
     let rows = summary.scenarios.iter().map(|found| {
         let name = format!("{} ({})", found.name, found.format);
         let figures = [
@@ -162,20 +183,40 @@ fn show(output: &Output, summary: &Summary) {
         std::iter::once(name).chain(figures.map(|figure| figure.to_string()))
     });
     output.table(&header, rows);
-    let Summary { faults, matched, not_yet, unexplained, .. } = summary;
-    output.say(format_args!("{faults} faults: {matched} matched, {not_yet} not yet; {unexplained} unexplained"));
-    let differences = summary.scenarios.iter().flat_map(|found| found.differences.iter().map(move |d| (found, d)));
+    let Summary {
+        faults,
+        matched,
+        not_yet,
+        unexplained,
+        ..
+    } = summary;
+    output.say(format_args!(
+        "{faults} faults: {matched} matched, {not_yet} not yet; {unexplained} unexplained"
+    ));
+    let differences = summary
+        .scenarios
+        .iter()
+        .flat_map(|found| found.differences.iter().map(move |d| (found, d)));
     for (found, difference) in differences.take(PRINTED) {
-        output.say(format_args!("{} ({}): {difference}", found.name, found.format));
+        output.say(format_args!(
+            "{} ({}): {difference}",
+            found.name, found.format
+        ));
     }
 }
 
 fn verdict(summary: &Summary) -> Result<(), Error> {
     if summary.unexplained > 0 {
-        return Err(Error::Check(format!("{} unexplained differences from the record", summary.unexplained)));
+        return Err(Error::Check(format!(
+            "{} unexplained differences from the record",
+            summary.unexplained
+        )));
     }
     if summary.leaked_frames > 0 {
-        return Err(Error::Check(format!("{} table frames leaked", summary.leaked_frames)));
+        return Err(Error::Check(format!(
+            "{} table frames leaked",
+            summary.leaked_frames
+        )));
     }
     Ok(())
 }

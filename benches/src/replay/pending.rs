@@ -70,16 +70,38 @@ impl Pending {
     }
 
     pub(super) fn step(&self, answer: Answer, recorded: Recorded) -> Fault {
-        let Self { seq, vcpu, space, gpa, code, ahead, .. } = *self;
-        Fault { seq, vcpu, as_id: space.as_id(), gpa, code, ahead, answer, recorded }
+        let Self {
+            seq,
+            vcpu,
+            space,
+            gpa,
+            code,
+            ahead,
+            ..
+        } = *self;
+        Fault {
+            seq,
+            vcpu,
+            as_id: space.as_id(),
+            gpa,
+            code,
+            ahead,
+            answer,
+            recorded,
+        }
     }
 
     /// The recorded answer of the host, which let the page be written if the leaf says so.
     fn answer(&self, leaf: Option<Leaf>) -> Answer {
         match self.requested {
-            Some(Requested { level, pfn: Some(pfn) }) => {
-                Answer::Mapped { pfn, level, writable: leaf.is_none_or(|leaf| leaf.is_host_writable()) }
-            }
+            Some(Requested {
+                level,
+                pfn: Some(pfn),
+            }) => Answer::Mapped {
+                pfn,
+                level,
+                writable: leaf.is_none_or(|leaf| leaf.is_host_writable()),
+            },
             // Never asked, so never answered; the library must not ask either.
             _ => Answer::Failed,
         }
@@ -87,20 +109,31 @@ impl Pending {
 
     /// Whether the fault is about something that only a sweep brings about. `before` and `after` are the leaf over the
     /// frame before and after it.
-    fn not_yet(&self, before: Option<Leaf>, after: Option<Leaf>, nx_huge_pages: bool) -> Option<NotYet> {
+    fn not_yet(
+        &self,
+        before: Option<Leaf>,
+        after: Option<Leaf>,
+        nx_huge_pages: bool,
+    ) -> Option<NotYet> {
         if self.guest != Guest::Ordinary {
             return Some(NotYet::Nested);
         }
         for leaf in [before, after].into_iter().flatten() {
             if self.code.is_write() && !leaf.is_writable() && leaf.is_host_writable() {
-                return Some(if leaf.is_mmu_writable() { NotYet::DirtyLogging } else { NotYet::Nested });
+                return Some(if leaf.is_mmu_writable() {
+                    NotYet::DirtyLogging
+                } else {
+                    NotYet::Nested
+                });
             }
             if self.code.is_fetch() && !leaf.is_executable() {
                 return Some(NotYet::NxHugePages);
             }
         }
         // The recorded level is what was asked for; the walk may stop at a table that stands for a forbidden huge page.
-        let lower = after.zip(self.requested).is_some_and(|(leaf, requested)| leaf.level < requested.level);
+        let lower = after
+            .zip(self.requested)
+            .is_some_and(|(leaf, requested)| leaf.level < requested.level);
         (nx_huge_pages && lower).then_some(NotYet::NxHugePages)
     }
 
@@ -116,7 +149,15 @@ impl Pending {
             return Conclusion::NotYet(reason);
         }
         let answer = self.answer(after);
-        let shows = |leaf: Leaf| (leaf.gfn, leaf.level, leaf.pfn(), leaf.is_writable(), leaf.is_executable());
+        let shows = |leaf: Leaf| {
+            (
+                leaf.gfn,
+                leaf.level,
+                leaf.pfn(),
+                leaf.is_writable(),
+                leaf.is_executable(),
+            )
+        };
         let recorded = match (before.map(shows), after.map(shows)) {
             (_, None) if mmio => Recorded::Mmio,
             (before, after) if before == after => Recorded::Unchanged,
@@ -127,8 +168,12 @@ impl Pending {
 
     /// Whether the answer found the page mapped as asked for, so that nothing had to change.
     pub(super) fn is_satisfied(&self, leaf: Option<Leaf>) -> bool {
-        let Some((leaf, requested)) = leaf.zip(self.requested) else { return false };
-        requested.pfn.is_some() && leaf.level == requested.level && (self.ahead || self.code.passes(&leaf))
+        let Some((leaf, requested)) = leaf.zip(self.requested) else {
+            return false;
+        };
+        requested.pfn.is_some()
+            && leaf.level == requested.level
+            && (self.ahead || self.code.passes(&leaf))
     }
 
     /// What to make of it when it had no effect. `leaf` maps the frame now; `mmio` says that an MMIO entry is there;
@@ -147,13 +192,26 @@ impl Pending {
         let passes = leaf.is_some_and(|leaf| self.ahead || self.code.passes(&leaf));
         let (answer, recorded) = match self.requested {
             Some(_) if passes => (self.answer(leaf), Recorded::Unchanged),
-            Some(Requested { pfn: None, .. }) if mmio || !self.overtaken => (Answer::Failed, Recorded::Mmio),
+            Some(Requested { pfn: None, .. }) if mmio || !self.overtaken => {
+                (Answer::Failed, Recorded::Mmio)
+            }
             Some(_) if self.overtaken => (Answer::Retry, Recorded::Retried),
             // Nothing explains why nothing was made: the library will make it, and the difference shows.
             Some(_) => (self.answer(leaf), Recorded::Unchanged),
             None if self.code.is_reserved() => (Answer::Failed, Recorded::Mmio),
             None if end == End::Error => (Answer::Failed, Recorded::Failed),
-            None if read_only && self.code.is_write() => (Answer::Failed, Recorded::Mmio),
+            // The host would not be asked to write to such a slot; what it says otherwise must not matter.
+            None if read_only && self.code.is_write() => {
+                let pfn = leaf.map_or(0, |leaf| leaf.pfn() + (self.gfn() - leaf.gfn));
+                (
+                    Answer::Mapped {
+                        pfn,
+                        level: 1,
+                        writable: false,
+                    },
+                    Recorded::Mmio,
+                )
+            }
             None => (Answer::Retry, Recorded::Retried),
         };
         Conclusion::Compare(answer, recorded)
@@ -164,11 +222,31 @@ impl Pending {
 mod tests {
     use super::*;
 
-    const READ_ONLY: Leaf = Leaf { gfn: 5, level: 1, spte: 0x7825 };
-    const WRITABLE: Leaf = Leaf { gfn: 5, level: 1, spte: 0x7e67 };
-    const PROTECTED: Leaf = Leaf { gfn: 5, level: 1, spte: 0x7e65 };
-    const TRACKED: Leaf = Leaf { gfn: 5, level: 1, spte: 0x7a65 };
-    const NX_HUGE: Leaf = Leaf { gfn: 0, level: 2, spte: 0x8000_0001_89e0_0ee7 };
+    const READ_ONLY: Leaf = Leaf {
+        gfn: 5,
+        level: 1,
+        spte: 0x7825,
+    };
+    const WRITABLE: Leaf = Leaf {
+        gfn: 5,
+        level: 1,
+        spte: 0x7e67,
+    };
+    const PROTECTED: Leaf = Leaf {
+        gfn: 5,
+        level: 1,
+        spte: 0x7e65,
+    };
+    const TRACKED: Leaf = Leaf {
+        gfn: 5,
+        level: 1,
+        spte: 0x7a65,
+    };
+    const NX_HUGE: Leaf = Leaf {
+        gfn: 0,
+        level: 2,
+        spte: 0x8000_0001_89e0_0ee7,
+    };
 
     fn write(present: bool) -> Pending {
         Pending {
@@ -186,7 +264,13 @@ mod tests {
     }
 
     fn asked(pending: Pending) -> Pending {
-        Pending { requested: Some(Requested { level: 1, pfn: Some(7) }), ..pending }
+        Pending {
+            requested: Some(Requested {
+                level: 1,
+                pfn: Some(7),
+            }),
+            ..pending
+        }
     }
 
     fn end(pending: &Pending, leaf: Option<Leaf>) -> Conclusion {
@@ -195,18 +279,39 @@ mod tests {
 
     #[test]
     fn a_first_touch_is_compared() {
-        let mapped = Answer::Mapped { pfn: 7, level: 1, writable: true };
+        let mapped = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: true,
+        };
         let fault = asked(write(false));
         assert_eq!(
             fault.effect(None, Some(WRITABLE), false, false),
             Conclusion::Compare(mapped, Recorded::Mapped)
         );
-        let read = Pending { code: Code::READ, ..fault };
-        let mapped = Answer::Mapped { pfn: 7, level: 1, writable: false };
-        assert_eq!(read.effect(None, Some(READ_ONLY), false, false), Conclusion::Compare(mapped, Recorded::Mapped));
+        let read = Pending {
+            code: Code::READ,
+            ..fault
+        };
+        let mapped = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: false,
+        };
+        assert_eq!(
+            read.effect(None, Some(READ_ONLY), false, false),
+            Conclusion::Compare(mapped, Recorded::Mapped)
+        );
         // Only the dirty bit changed: nothing that a guest could see.
-        let prefault = Pending { ahead: true, code: Code::READ, ..fault };
-        let again = Leaf { spte: 0x7e07, ..WRITABLE };
+        let prefault = Pending {
+            ahead: true,
+            code: Code::READ,
+            ..fault
+        };
+        let again = Leaf {
+            spte: 0x7e07,
+            ..WRITABLE
+        };
         assert!(matches!(
             prefault.effect(Some(WRITABLE), Some(again), false, false),
             Conclusion::Compare(_, Recorded::Unchanged)
@@ -216,18 +321,42 @@ mod tests {
     #[test]
     fn what_rests_on_a_sweep_is_not_compared() {
         let fault = write(true);
-        assert_eq!(fault.effect(Some(PROTECTED), Some(WRITABLE), false, false), Conclusion::NotYet(NotYet::DirtyLogging));
-        assert_eq!(end(&fault, Some(TRACKED)), Conclusion::NotYet(NotYet::Nested));
-        let fetch = Pending { code: Code(1 << 32 | 0x15), ..fault };
-        assert_eq!(fetch.effect(Some(NX_HUGE), Some(WRITABLE), false, true), Conclusion::NotYet(NotYet::NxHugePages));
-        let asked_huge = Pending { requested: Some(Requested { level: 2, pfn: Some(7) }), ..write(false) };
+        assert_eq!(
+            fault.effect(Some(PROTECTED), Some(WRITABLE), false, false),
+            Conclusion::NotYet(NotYet::DirtyLogging)
+        );
+        assert_eq!(
+            end(&fault, Some(TRACKED)),
+            Conclusion::NotYet(NotYet::Nested)
+        );
+        let fetch = Pending {
+            code: Code(1 << 32 | 0x15),
+            ..fault
+        };
+        assert_eq!(
+            fetch.effect(Some(NX_HUGE), Some(WRITABLE), false, true),
+            Conclusion::NotYet(NotYet::NxHugePages)
+        );
+        let asked_huge = Pending {
+            requested: Some(Requested {
+                level: 2,
+                pfn: Some(7),
+            }),
+            ..write(false)
+        };
         assert_eq!(
             asked_huge.effect(None, Some(WRITABLE), false, true),
             Conclusion::NotYet(NotYet::NxHugePages)
         );
         // Without the policy, a lower level than asked for is a difference like any other.
-        assert!(matches!(asked_huge.effect(None, Some(WRITABLE), false, false), Conclusion::Compare(..)));
-        let shadow = Pending { guest: Guest::Shadow, ..write(false) };
+        assert!(matches!(
+            asked_huge.effect(None, Some(WRITABLE), false, false),
+            Conclusion::Compare(..)
+        ));
+        let shadow = Pending {
+            guest: Guest::Shadow,
+            ..write(false)
+        };
         assert_eq!(end(&shadow, None), Conclusion::NotYet(NotYet::Nested));
     }
 
@@ -242,25 +371,64 @@ mod tests {
     #[test]
     fn an_answer_without_effect_needs_a_reason() {
         let fault = asked(write(false));
-        assert!(matches!(end(&fault, Some(WRITABLE)), Conclusion::Compare(_, Recorded::Unchanged)));
+        assert!(matches!(
+            end(&fault, Some(WRITABLE)),
+            Conclusion::Compare(_, Recorded::Unchanged)
+        ));
         assert!(fault.is_satisfied(Some(WRITABLE)) && !fault.is_satisfied(Some(READ_ONLY)));
-        let overtaken = Pending { overtaken: true, ..fault };
-        assert_eq!(end(&overtaken, None), Conclusion::Compare(Answer::Retry, Recorded::Retried));
+        let overtaken = Pending {
+            overtaken: true,
+            ..fault
+        };
+        assert_eq!(
+            end(&overtaken, None),
+            Conclusion::Compare(Answer::Retry, Recorded::Retried)
+        );
         // Nobody overtook it, and yet nothing is there: the library will map it, and that is a difference.
-        let mapped = Answer::Mapped { pfn: 7, level: 1, writable: true };
-        assert_eq!(end(&fault, None), Conclusion::Compare(mapped, Recorded::Unchanged));
+        let mapped = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: true,
+        };
+        assert_eq!(
+            end(&fault, None),
+            Conclusion::Compare(mapped, Recorded::Unchanged)
+        );
     }
 
     #[test]
     fn device_memory_and_failures() {
-        let cached = Pending { code: Code(1 << 32 | 0xe), ..write(false) };
-        assert_eq!(end(&cached, None), Conclusion::Compare(Answer::Failed, Recorded::Mmio));
+        let cached = Pending {
+            code: Code(1 << 32 | 0xe),
+            ..write(false)
+        };
+        assert_eq!(
+            end(&cached, None),
+            Conclusion::Compare(Answer::Failed, Recorded::Mmio)
+        );
         let fault = write(true);
         let to_rom = fault.no_effect(End::Went, Some(READ_ONLY), false, true, false);
-        assert_eq!(to_rom, Conclusion::Compare(Answer::Failed, Recorded::Mmio));
+        let asked_anyway = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: false,
+        };
+        assert_eq!(to_rom, Conclusion::Compare(asked_anyway, Recorded::Mmio));
         let failed = write(false).no_effect(End::Error, None, false, false, false);
-        assert_eq!(failed, Conclusion::Compare(Answer::Failed, Recorded::Failed));
-        let hole = Pending { requested: Some(Requested { level: 1, pfn: None }), ..write(false) };
-        assert_eq!(hole.effect(None, None, true, false), Conclusion::Compare(Answer::Failed, Recorded::Mmio));
+        assert_eq!(
+            failed,
+            Conclusion::Compare(Answer::Failed, Recorded::Failed)
+        );
+        let hole = Pending {
+            requested: Some(Requested {
+                level: 1,
+                pfn: None,
+            }),
+            ..write(false)
+        };
+        assert_eq!(
+            hole.effect(None, None, true, false),
+            Conclusion::Compare(Answer::Failed, Recorded::Mmio)
+        );
     }
 }

@@ -2,7 +2,8 @@
 
 use super::step::{Code, Meets};
 use tdp_arch::walker::{
-    ConfigError, EptConfig, EptFault, EptWalker, GuestAccess, NptConfig, NptFault, NptWalker, Walker,
+    ConfigError, EptConfig, EptFault, EptWalker, GuestAccess, NptConfig, NptFault, NptWalker,
+    Walker,
 };
 use tdp_arch::{Access, Ept, FaultCode, Format, Level, Npt};
 
@@ -35,7 +36,11 @@ impl Processor for Npt {
     type Report = NptFault;
 
     fn walker(root: Level) -> Result<NptWalker, ConfigError> {
-        NptWalker::new(NptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..NptConfig::default() })
+        NptWalker::new(NptConfig {
+            root_level: root,
+            physical_bits: PHYSICAL_BITS,
+            ..NptConfig::default()
+        })
     }
 
     fn code_of(report: NptFault, _access: GuestAccess) -> FaultCode {
@@ -54,7 +59,11 @@ impl Processor for Ept {
     type Report = EptFault;
 
     fn walker(root: Level) -> Result<EptWalker, ConfigError> {
-        EptWalker::new(EptConfig { root_level: root, physical_bits: PHYSICAL_BITS, ..EptConfig::default() })
+        EptWalker::new(EptConfig {
+            root_level: root,
+            physical_bits: PHYSICAL_BITS,
+            ..EptConfig::default()
+        })
     }
 
     fn code_of(report: EptFault, access: GuestAccess) -> FaultCode {
@@ -71,7 +80,9 @@ impl Processor for Ept {
     }
 
     fn is_reported(report: EptFault, recorded: Code) -> bool {
-        let EptFault::Violation(violation) = report else { return recorded.is_reserved() };
+        let EptFault::Violation(violation) = report else {
+            return recorded.is_reserved();
+        };
         let code = Self::fault_code(violation.qualification);
         code.access.is_write() == recorded.is_write()
             && code.access.is_execute() == recorded.is_fetch()

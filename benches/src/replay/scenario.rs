@@ -59,11 +59,14 @@ impl Scenario {
     ///
     /// One line saying what is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let raw: RawScenario = serde_json::from_str(text).map_err(|e| format!("not a scenario: {e}"))?;
+        let raw: RawScenario =
+            serde_json::from_str(text).map_err(|e| format!("not a scenario: {e}"))?;
         let param = |name: &str| raw.params.get(name).and_then(Value::as_str);
         let mut ops = HashMap::with_capacity(raw.ops.len());
         for op in &raw.ops {
-            let parsed = op.parse().map_err(|what| format!("operation {} ({}): {what}", op.i, op.op))?;
+            let parsed = op
+                .parse()
+                .map_err(|what| format!("operation {} ({}): {what}", op.i, op.op))?;
             if ops.insert(op.i, parsed).is_some() {
                 return Err(format!("operation {} is there twice", op.i));
             }
@@ -111,7 +114,9 @@ impl RawOp {
             // A call that KVM refused did nothing.
             "set_user_memory_region" if self.failed() => Op::Other,
             "set_user_memory_region" => Op::SetRegion(self.region()?),
-            "KVM_PRE_FAULT_MEMORY" => Op::PreFault { vcpu: self.number("vcpu", u64::from(MAX_VCPUS))? as u32 },
+            "KVM_PRE_FAULT_MEMORY" => Op::PreFault {
+                vcpu: self.number("vcpu", u64::from(MAX_VCPUS))? as u32,
+            },
             "get_dirty_log" | "clear_dirty_log" | "dirty_ring_collect_and_reset" => Op::DirtyLog,
             "module_param" if self.text("name") == Some("nx_huge_pages") => {
                 Op::NxHugePages(self.text("value").is_some_and(is_on))
@@ -121,16 +126,28 @@ impl RawOp {
     }
 
     fn failed(&self) -> bool {
-        let ret = self.fields.get("result").and_then(|result| result.get("ret"));
+        let ret = self
+            .fields
+            .get("result")
+            .and_then(|result| result.get("ret"));
         ret.and_then(Value::as_i64).is_some_and(|ret| ret != 0)
     }
 
     fn region(&self) -> Result<Region, String> {
-        let (gpa, size) = (self.hex("gpa", MAX_FRAME << 12)?, self.hex("size", MAX_FRAME << 12)?);
+        let (gpa, size) = (
+            self.hex("gpa", MAX_FRAME << 12)?,
+            self.hex("size", MAX_FRAME << 12)?,
+        );
         if gpa & 0xfff != 0 || size & 0xfff != 0 {
-            return Err(format!("slot at {gpa:#x} of {size:#x} bytes is not page-aligned"));
+            return Err(format!(
+                "slot at {gpa:#x} of {size:#x} bytes is not page-aligned"
+            ));
         }
-        let flags = self.fields.get("flags").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let flags = self
+            .fields
+            .get("flags")
+            .and_then(Value::as_array)
+            .map_or(&[][..], Vec::as_slice);
         Ok(Region {
             as_id: self.number("as_id", u64::from(ADDRESS_SPACES))? as u8,
             slot: self.number("slot", 1 << 16)? as u32,
@@ -146,29 +163,43 @@ impl RawOp {
     }
 
     fn number(&self, field: &str, limit: u64) -> Result<u64, String> {
-        let value = self.fields.get(field).and_then(Value::as_u64).ok_or_else(|| format!("no number `{field}`"))?;
+        let value = self
+            .fields
+            .get(field)
+            .and_then(Value::as_u64)
+            .ok_or_else(|| format!("no number `{field}`"))?;
         within(value, field, limit)
     }
 
     fn hex(&self, field: &str, limit: u64) -> Result<u64, String> {
-        let value = self.fields.get(field).ok_or_else(|| format!("no field `{field}`"))?;
+        let value = self
+            .fields
+            .get(field)
+            .ok_or_else(|| format!("no field `{field}`"))?;
         let Hex(value) = Hex::deserialize(value).map_err(|e| format!("{field}: {e}"))?;
         within(value, field, limit)
     }
 }
 
 fn within(value: u64, field: &str, limit: u64) -> Result<u64, String> {
-    if value < limit { Ok(value) } else { Err(format!("{field} {value:#x} is out of range")) }
+    if value < limit {
+        Ok(value)
+    } else {
+        Err(format!("{field} {value:#x} is out of range"))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SLOT: &str = r#""op":"set_user_memory_region","as_id":0,"slot":1,"gpa":"0x40000000","size":"0x8000""#;
+    const SLOT: &str =
+        r#""op":"set_user_memory_region","as_id":0,"slot":1,"gpa":"0x40000000","size":"0x8000""#;
 
     fn parse(ops: &str) -> Result<Scenario, String> {
-        Scenario::parse(&format!(r#"{{"name":"x","params":{{"nx_huge_pages":"N"}},"ops":[{ops}]}}"#))
+        Scenario::parse(&format!(
+            r#"{{"name":"x","params":{{"nx_huge_pages":"N"}},"ops":[{ops}]}}"#
+        ))
     }
 
     #[test]
@@ -179,7 +210,14 @@ mod tests {
                {{"i":3,"op":"KVM_PRE_FAULT_MEMORY","vcpu":1}},{{"i":4,"op":"host","slot":"any"}}"#
         ))
         .unwrap();
-        let region = Region { as_id: 0, slot: 1, gfn: 0x4_0000, pages: 8, read_only: true, log_dirty: false };
+        let region = Region {
+            as_id: 0,
+            slot: 1,
+            gfn: 0x4_0000,
+            pages: 8,
+            read_only: true,
+            log_dirty: false,
+        };
         assert_eq!(scenario.op(0), Some(&Op::SetRegion(region)));
         assert_eq!(scenario.op(1), Some(&Op::Other));
         assert_eq!(scenario.op(2), Some(&Op::NxHugePages(true)));
@@ -194,8 +232,20 @@ mod tests {
         assert!(Scenario::parse("{").unwrap_err().contains("not a scenario"));
         let of = |op: &str| parse(op).unwrap_err();
         assert!(of(r#"{"i":3,"op":"set_user_memory_region"}"#).contains("operation 3"));
-        assert!(of(&format!(r#"{{"i":0,{}}}"#, SLOT.replace("0x8000", "0x8001"))).contains("not page-aligned"));
-        assert!(of(&format!(r#"{{"i":0,{}}}"#, SLOT.replace("\"as_id\":0", "\"as_id\":7"))).contains("out of range"));
+        assert!(
+            of(&format!(
+                r#"{{"i":0,{}}}"#,
+                SLOT.replace("0x8000", "0x8001")
+            ))
+            .contains("not page-aligned")
+        );
+        assert!(
+            of(&format!(
+                r#"{{"i":0,{}}}"#,
+                SLOT.replace("\"as_id\":0", "\"as_id\":7")
+            ))
+            .contains("out of range")
+        );
         assert!(of(&format!(r#"{{"i":0,{SLOT}}},{{"i":0,{SLOT}}}"#)).contains("twice"));
     }
 }

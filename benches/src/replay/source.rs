@@ -26,7 +26,8 @@ const MAX_DEPTH: usize = 32;
 /// The name of a trace file without what every trace's name ends in.
 fn stem(path: &Path) -> Option<&str> {
     let name = path.file_name()?.to_str()?;
-    name.strip_suffix(PLAIN).or_else(|| name.strip_suffix(COMPRESSED))
+    name.strip_suffix(PLAIN)
+        .or_else(|| name.strip_suffix(COMPRESSED))
 }
 
 /// All traces among `paths`: files as they are, folders with everything below them, sorted.
@@ -60,7 +61,9 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
 }
 
 fn search(folder: &Path, depth: usize, traces: &mut Vec<PathBuf>) -> Result<(), Error> {
-    let entries = fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<_>, _>>).map_err(|e| Error::io(folder, e))?;
+    let entries = fs::read_dir(folder)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| Error::io(folder, e))?;
     let mut paths: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).collect();
     paths.sort();
     for path in paths {
@@ -82,12 +85,17 @@ fn search(folder: &Path, depth: usize, traces: &mut Vec<PathBuf>) -> Result<(), 
 /// If it is not there, cannot be read or is not a scenario.
 pub fn scenario(path: &Path) -> Result<Scenario, Error> {
     let Some(stem) = stem(path) else {
-        return Err(Error::run(path.display().to_string(), "not a trace by its name"));
+        return Err(Error::run(
+            path.display().to_string(),
+            "not a trace by its name",
+        ));
     };
     let beside = path.with_file_name(format!("{stem}{SCENARIO}"));
     let mut text = String::new();
     let file = File::open(&beside).map_err(|e| Error::io(&beside, e))?;
-    file.take(MAX_SCENARIO).read_to_string(&mut text).map_err(|e| Error::io(&beside, e))?;
+    file.take(MAX_SCENARIO)
+        .read_to_string(&mut text)
+        .map_err(|e| Error::io(&beside, e))?;
     Scenario::parse(&text).map_err(|what| Error::run(beside.display().to_string(), what))
 }
 
@@ -107,11 +115,18 @@ impl Lines {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = BufReader::new(File::open(path).map_err(|e| Error::io(path, e))?);
         let reader: Box<dyn BufRead> = if path.to_string_lossy().ends_with(COMPRESSED) {
-            Box::new(BufReader::with_capacity(1 << 16, Frames { file, frame: None }))
+            Box::new(BufReader::with_capacity(
+                1 << 16,
+                Frames { file, frame: None },
+            ))
         } else {
             Box::new(file)
         };
-        Ok(Self { reader, buffer: Vec::new(), number: 0 })
+        Ok(Self {
+            reader,
+            buffer: Vec::new(),
+            number: 0,
+        })
     }
 
     /// Number of the line that was read last, from 1.
@@ -128,18 +143,24 @@ impl Lines {
         loop {
             self.buffer.clear();
             self.number += 1;
-            let read = (&mut self.reader).take(MAX_LINE as u64 + 1).read_until(b'\n', &mut self.buffer)?;
+            let read = (&mut self.reader)
+                .take(MAX_LINE as u64 + 1)
+                .read_until(b'\n', &mut self.buffer)?;
             if read == 0 {
                 return Ok(None);
             }
             if self.buffer.len() > MAX_LINE {
-                return Err(io::Error::new(ErrorKind::InvalidData, format!("line longer than {MAX_LINE} bytes")));
+                return Err(io::Error::new(
+                    ErrorKind::InvalidData,
+                    format!("line longer than {MAX_LINE} bytes"),
+                ));
             }
             if !self.buffer.trim_ascii().is_empty() {
                 break;
             }
         }
-        let text = str::from_utf8(&self.buffer).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+        let text =
+            str::from_utf8(&self.buffer).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
         Ok(Some(text.trim_ascii()))
     }
 }
@@ -154,7 +175,9 @@ impl<R: BufRead> Frames<R> {
     /// Decompresses until something can be read from the frame, or it ends.
     fn advance(&mut self, frame: &mut FrameDecoder) -> io::Result<()> {
         while frame.can_collect() == 0 && !frame.is_finished() {
-            frame.decode_blocks(&mut self.file, BlockDecodingStrategy::UptoBlocks(1)).map_err(broken)?;
+            frame
+                .decode_blocks(&mut self.file, BlockDecodingStrategy::UptoBlocks(1))
+                .map_err(broken)?;
         }
         Ok(())
     }

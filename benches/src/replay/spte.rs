@@ -111,7 +111,11 @@ impl Leaf {
                 spte &= !NO_EXECUTE;
             }
         }
-        Self { gfn: self.gfn + index * pages(level), level, spte }
+        Self {
+            gfn: self.gfn + index * pages(level),
+            level,
+            spte,
+        }
     }
 }
 
@@ -138,13 +142,39 @@ mod tests {
     #[test]
     fn splits_as_recorded() {
         // dirty_2m_lazy: 0x18ae00ee5 is split, and its second child is then 0x18ae01e65.
-        let huge = Leaf { gfn: 0x4_0000, level: 2, spte: 0x1_8ae0_0ee5 };
-        assert_eq!(huge.child(1, false), Leaf { gfn: 0x4_0001, level: 1, spte: 0x1_8ae0_1e65 });
+        let huge = Leaf {
+            gfn: 0x4_0000,
+            level: 2,
+            spte: 0x1_8ae0_0ee5,
+        };
+        assert_eq!(
+            huge.child(1, false),
+            Leaf {
+                gfn: 0x4_0001,
+                level: 1,
+                spte: 0x1_8ae0_1e65
+            }
+        );
         assert!(huge.is_host_writable() && huge.is_mmu_writable() && !huge.is_writable());
-        let gigantic = Leaf { gfn: 0x4_0000, level: 3, spte: 0x1_4000_0ee7 };
-        assert_eq!(gigantic.child(2, false), Leaf { gfn: 0x4_0400, level: 2, spte: 0x1_4040_0ee7 });
+        let gigantic = Leaf {
+            gfn: 0x4_0000,
+            level: 3,
+            spte: 0x1_4000_0ee7,
+        };
+        assert_eq!(
+            gigantic.child(2, false),
+            Leaf {
+                gfn: 0x4_0400,
+                level: 2,
+                spte: 0x1_4040_0ee7
+            }
+        );
         // nx_huge_pages: 0x8000000189e00ee7 becomes 0x189e00e67.
-        let nx = Leaf { gfn: 0, level: 2, spte: 0x8000_0001_89e0_0ee7 };
+        let nx = Leaf {
+            gfn: 0,
+            level: 2,
+            spte: 0x8000_0001_89e0_0ee7,
+        };
         assert!(!nx.is_executable() && nx.child(0, true).is_executable());
         assert_eq!(nx.child(0, true).spte, 0x1_89e0_0e67);
     }

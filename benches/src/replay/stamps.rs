@@ -48,7 +48,10 @@ impl Stamps {
             return self.note_all(thread, seq);
         }
         for block in first..=last {
-            self.blocks.entry((as_id, block)).or_default().note(thread, seq);
+            self.blocks
+                .entry((as_id, block))
+                .or_default()
+                .note(thread, seq);
         }
     }
 
@@ -59,8 +62,13 @@ impl Stamps {
 
     /// Whether another thread than `thread` changed anything near `gfn` after `since`.
     pub(super) fn changed_by_other(&self, as_id: u8, gfn: u64, thread: u32, since: u64) -> bool {
-        let block = self.blocks.get(&(as_id, gfn / BLOCK)).and_then(|stamp| stamp.by_other(thread));
-        block.max(self.everything.by_other(thread)).is_some_and(|seq| seq > since)
+        let block = self
+            .blocks
+            .get(&(as_id, gfn / BLOCK))
+            .and_then(|stamp| stamp.by_other(thread));
+        block
+            .max(self.everything.by_other(thread))
+            .is_some_and(|seq| seq > since)
     }
 }
 
@@ -84,6 +92,8 @@ mod tests {
         assert!(stamps.changed_by_other(1, 7, 2, 19));
         // All of a 1 GiB page is still kept by block.
         stamps.note(0, 0x4_0000, 0x8_0000, 4, 30);
-        assert!(stamps.changed_by_other(0, 0x7_ffff, 1, 29) && !stamps.changed_by_other(0, 0, 1, 29));
+        assert!(
+            stamps.changed_by_other(0, 0x7_ffff, 1, 29) && !stamps.changed_by_other(0, 0, 1, 29)
+        );
     }
 }

@@ -226,7 +226,12 @@ pub enum Step {
     /// Root tables have this level.
     Root(u8),
     /// Slots change.
-    Slot(SlotChange),
+    Slot {
+        /// Position in the trace.
+        seq: u64,
+        /// How.
+        change: SlotChange,
+    },
     /// All roots become obsolete.
     InvalidateRoots,
     /// The host takes frames back.

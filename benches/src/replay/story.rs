@@ -6,13 +6,13 @@
 //! has no operation for yet is counted as such and copied from the record ([`Step::Sync`]), so that what follows stays
 //! comparable. Nothing is decided by the name of a file or of a task.
 
-use super::expect::{Applied, Contradiction, Expected, Place, Space, Wrong};
-use super::pending::{Conclusion, End, Guest, Pending, Requested};
+use super::expect::{Contradiction, Expected};
+use super::pending::{End, Pending, Requested};
 use super::scenario::{Op, Region, Scenario};
-use super::spte::{self, Kind, Leaf, kind, pages};
+use super::spte::{self, Leaf, pages};
 use super::stamps::Stamps;
-use super::step::{Code, GuestAccess, Meets, NotYet, Operation, SlotChange, Step};
-use super::trace::{Change, Event, FastFault, Line, SpaceRange};
+use super::step::{Code, NotYet, SlotChange, Step};
+use super::trace::{Event, Line, SpaceRange};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 mod changes;
@@ -137,7 +137,9 @@ impl Story {
                 self.close(t, End::Went);
                 self.page_fault(t, previous, left_nested, vcpu, gpa, Code(code));
             }
-            &Event::Requested { gfn, level, pfn } => self.requested(t, gfn, Requested { level, pfn }),
+            &Event::Requested { gfn, level, pfn } => {
+                self.requested(t, gfn, Requested { level, pfn })
+            }
             Event::Changed(run) => {
                 if self.root_level == 0 {
                     self.root(4);
@@ -178,7 +180,9 @@ impl Story {
                 self.close(t, End::Went);
                 self.thread(t).left_nested = page_fault;
             }
-            &Event::UserspaceExit { error } => self.close(t, if error { End::Error } else { End::Went }),
+            &Event::UserspaceExit { error } => {
+                self.close(t, if error { End::Error } else { End::Went })
+            }
         }
         if self.faults_since_compare >= COMPARE_EVERY {
             self.compare();
@@ -191,7 +195,9 @@ impl Story {
         let threads: Vec<u32> = self.threads.keys().copied().collect();
         for &t in &threads {
             if cut {
-                self.thread(t).fault.take_if(|fault| !fault.code.is_reserved());
+                self.thread(t)
+                    .fault
+                    .take_if(|fault| !fault.code.is_reserved());
             }
             self.close_fault(t, End::Went);
         }
@@ -205,10 +211,14 @@ impl Story {
     /// A corrupt trace must not take all memory.
     fn check_bounds(&self) -> Result<(), String> {
         if self.contradictions > MAX_CONTRADICTIONS {
-            return Err(format!("the trace contradicts itself more than {MAX_CONTRADICTIONS} times"));
+            return Err(format!(
+                "the trace contradicts itself more than {MAX_CONTRADICTIONS} times"
+            ));
         }
-        if self.expected.len() > MAX_ENTRIES {
-            return Err(format!("the trace makes more than {MAX_ENTRIES} entries at a time"));
+        if self.expected.entries() > MAX_ENTRIES {
+            return Err(format!(
+                "the trace makes more than {MAX_ENTRIES} entries at a time"
+            ));
         }
         Ok(())
     }
@@ -224,19 +234,31 @@ impl Story {
     }
 
     fn space_of(&self, vcpu: Option<u32>) -> u8 {
-        vcpu.and_then(|vcpu| self.in_smm.get(&vcpu)).copied().unwrap_or_default().into()
+        vcpu.and_then(|vcpu| self.in_smm.get(&vcpu))
+            .copied()
+            .unwrap_or_default()
+            .into()
     }
 
     fn contradict(&mut self, contradiction: Contradiction) {
         self.contradictions += 1;
-        self.steps.push(Step::Contradiction { seq: self.seq, contradiction });
+        self.steps.push(Step::Contradiction {
+            seq: self.seq,
+            contradiction,
+        });
     }
 
     fn sync(&mut self, as_id: u8, gfn: u64, level: u8) {
         let start = spte::align(gfn, level);
-        let range = SpaceRange { as_id, start, end: start + pages(level) };
+        let range = SpaceRange {
+            as_id,
+            start,
+            end: start + pages(level),
+        };
         match self.steps.last_mut() {
-            Some(Step::Sync(last)) if last.as_id == as_id && last.end == range.start => last.end = range.end,
+            Some(Step::Sync(last)) if last.as_id == as_id && last.end == range.start => {
+                last.end = range.end
+            }
             _ => self.steps.push(Step::Sync(range)),
         }
     }
@@ -264,9 +286,15 @@ impl Story {
             let gfn = fault.gfn();
             let leaf = self.expected.leaf_at(fault.space, gfn);
             let mmio = self.expected.is_mmio(fault.space, gfn);
-            let in_slot = |r: &Region| r.as_id == fault.space.as_id() && r.gfn <= gfn && gfn - r.gfn < r.pages;
-            let read_only = self.slots.values().any(|region| region.read_only && in_slot(region));
-            let conclusion = fault.no_effect(end, leaf, mmio, read_only, self.expected.nx_huge_pages);
+            let in_slot = |r: &Region| {
+                r.as_id == fault.space.as_id() && r.gfn <= gfn && gfn - r.gfn < r.pages
+            };
+            let read_only = self
+                .slots
+                .values()
+                .any(|region| region.read_only && in_slot(region));
+            let conclusion =
+                fault.no_effect(end, leaf, mmio, read_only, self.expected.nx_huge_pages);
             self.conclude(t, conclusion);
         }
         self.thread(t).fault = None;
@@ -302,6 +330,9 @@ impl Story {
             leaves.append(&mut thread.removed);
         }
         leaves.sort_by_key(|(as_id, leaf)| (*as_id, leaf.gfn));
-        self.steps.push(Step::Teardown { seq: self.seq, leaves });
+        self.steps.push(Step::Teardown {
+            seq: self.seq,
+            leaves,
+        });
     }
 }

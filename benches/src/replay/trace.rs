@@ -209,6 +209,10 @@ impl Line {
         let raw: raw::Raw<'_> = serde_json::from_str(text)?;
         // The largest number stands for nobody.
         let thread = raw.within(u64::from(raw.t), "t", u64::from(u32::MAX))? as u32;
-        Ok(Self { seq: raw.seq, thread, event: raw.event()? })
+        Ok(Self {
+            seq: raw.seq,
+            thread,
+            event: raw.event()?,
+        })
     }
 }

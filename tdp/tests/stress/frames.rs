@@ -38,7 +38,9 @@ impl PoisonPool {
             ..LeafAttrs::memory(Perms::RWX)
         };
         Self {
-            states: (0..pool.limit()).map(|_| AtomicU8::new(NEVER_USED)).collect(),
+            states: (0..pool.limit())
+                .map(|_| AtomicU8::new(NEVER_USED))
+                .collect(),
             pool: Arc::new(pool),
             poison: [F::EMPTY.0, F::leaf(TRAP, Level::L2, trap).0],
             verdict,

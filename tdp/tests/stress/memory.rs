@@ -111,9 +111,13 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn new() -> Self {
         let memory = Self {
-            owners: (0..SMALL_FRAMES + SMALL_HOMES).map(|_| AtomicU64::new(NOBODY)).collect(),
+            owners: (0..SMALL_FRAMES + SMALL_HOMES)
+                .map(|_| AtomicU64::new(NOBODY))
+                .collect(),
             homes: (0..AREAS * PAGES).map(|_| AtomicU64::new(0)).collect(),
-            whole: (0..AREAS * BLOCKS).map(|_| AtomicBool::new(false)).collect(),
+            whole: (0..AREAS * BLOCKS)
+                .map(|_| AtomicBool::new(false))
+                .collect(),
             standings: (0..AREAS).map(|_| AtomicU64::new(0)).collect(),
             locks: (0..AREAS).map(|_| Mutex::new(())).collect(),
             free: Mutex::new(FreeHomes {

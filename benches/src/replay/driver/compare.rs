@@ -11,12 +11,23 @@ use tdp::{Gfn, Level};
 
 impl<F: Processor> Driver<F> {
     /// Whether the library maps `gfn` by `leaf`.
-    pub(super) fn maps(&mut self, seq: u64, as_id: u8, gfn: u64, leaf: Option<Leaf>) -> Result<bool, Stop> {
-        let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn)).map(Mapped::from);
+    pub(super) fn maps(
+        &mut self,
+        seq: u64,
+        as_id: u8,
+        gfn: u64,
+        leaf: Option<Leaf>,
+    ) -> Result<bool, Stop> {
+        let found = self
+            .machine()?
+            .mmu
+            .translate(space(as_id), Gfn(gfn))
+            .map(Mapped::from);
         let leaf = leaf.map(Mapped::from);
         let same = self.compare_one(leaf, found);
         if !same {
-            self.findings.note(Difference::mapping(seq, as_id, gfn, leaf, found));
+            self.findings
+                .note(Difference::mapping(seq, as_id, gfn, leaf, found));
         }
         Ok(same)
     }
@@ -31,9 +42,19 @@ impl<F: Processor> Driver<F> {
     }
 
     /// After a difference, brings the library back into the recorded state around `gfn`.
-    pub(super) fn repair(&mut self, as_id: u8, gfn: u64, leaf: Option<Leaf>, expected: &Expected) -> Result<(), Stop> {
+    pub(super) fn repair(
+        &mut self,
+        as_id: u8,
+        gfn: u64,
+        leaf: Option<Leaf>,
+        expected: &Expected,
+    ) -> Result<(), Stop> {
         let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn));
-        let mut range = SpaceRange { as_id, start: gfn, end: gfn + 1 };
+        let mut range = SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + 1,
+        };
         for (start, end) in found
             .map(|leaf| (leaf.gfn.0, leaf.gfn.0 + leaf.level.pages()))
             .into_iter()
@@ -45,7 +66,12 @@ impl<F: Processor> Driver<F> {
     }
 
     /// Whether the library maps in `ranges` what is recorded. Differences are noted and repaired.
-    pub(super) fn verify(&mut self, seq: u64, ranges: &[SpaceRange], expected: &Expected) -> Result<bool, Stop> {
+    pub(super) fn verify(
+        &mut self,
+        seq: u64,
+        ranges: &[SpaceRange],
+        expected: &Expected,
+    ) -> Result<bool, Stop> {
         let mut same = true;
         for range in ranges {
             let leaves = expected.leaves(Space::normal(range.as_id), range.start, range.end);
@@ -60,20 +86,48 @@ impl<F: Processor> Driver<F> {
     }
 
     /// Compares what the library maps in `range` with `leaves`. Returns what differs, after noting it.
-    pub(super) fn compare_range(&mut self, seq: u64, range: &SpaceRange, leaves: &[Mapped]) -> Result<Vec<SpaceRange>, Stop> {
+    pub(super) fn compare_range(
+        &mut self,
+        seq: u64,
+        range: &SpaceRange,
+        leaves: &[Mapped],
+    ) -> Result<Vec<SpaceRange>, Stop> {
         let gfns = self.gfns(range);
         let mut found = Vec::with_capacity(leaves.len());
-        self.machine()?.mmu.visit_leaves(space(range.as_id), gfns, |leaf| found.push(Mapped::from(leaf)));
-        let (mut leaves, mut found) = (leaves.iter().copied().peekable(), found.into_iter().peekable());
+        self.machine()?
+            .mmu
+            .visit_leaves(space(range.as_id), gfns, |leaf| {
+                found.push(Mapped::from(leaf))
+            });
+        let (mut leaves, mut found) = (
+            leaves.iter().copied().peekable(),
+            found.into_iter().peekable(),
+        );
         let mut differing = Vec::new();
-        while let Some(first) = leaves.peek().into_iter().chain(found.peek()).map(|mapped| mapped.gfn).min() {
+        while let Some(first) = leaves
+            .peek()
+            .into_iter()
+            .chain(found.peek())
+            .map(|mapped| mapped.gfn)
+            .min()
+        {
             let leaf = leaves.next_if(|mapped| mapped.gfn == first);
             let found = found.next_if(|mapped| mapped.gfn == first);
             if !self.compare_one(leaf, found) {
-                self.findings.note(Difference::mapping(seq, range.as_id, first, leaf, found));
-                let level = leaf.into_iter().chain(found).map(|mapped| mapped.level).max().unwrap_or(1);
+                self.findings
+                    .note(Difference::mapping(seq, range.as_id, first, leaf, found));
+                let level = leaf
+                    .into_iter()
+                    .chain(found)
+                    .map(|mapped| mapped.level)
+                    .max()
+                    .unwrap_or(1);
                 let pages = Level::from_number(level).map_or(1, Level::pages);
-                differing.push(SpaceRange { as_id: range.as_id, start: first, end: first + pages });
+                differing.push(SpaceRange {
+                    as_id: range.as_id,
+                    start: first,
+                    end: first + pages,
+                });
             }
         }
         Ok(differing)
@@ -83,13 +137,20 @@ impl<F: Processor> Driver<F> {
         self.findings.comparisons += 1;
         let mut counted = [0; 3];
         for as_id in 0..ADDRESS_SPACES {
-            let leaves: Vec<Mapped> = expected.all_leaves(Space::normal(as_id)).map(Mapped::from).collect();
+            let leaves: Vec<Mapped> = expected
+                .all_leaves(Space::normal(as_id))
+                .map(Mapped::from)
+                .collect();
             for leaf in &leaves {
                 if let Some(count) = counted.get_mut(usize::from(leaf.level) - 1) {
                     *count += 1;
                 }
             }
-            let everything = SpaceRange { as_id, start: 0, end: u64::MAX };
+            let everything = SpaceRange {
+                as_id,
+                start: 0,
+                end: u64::MAX,
+            };
             let differing = self.compare_range(seq, &everything, &leaves)?;
             self.findings.unexplained += differing.len() as u64;
             for range in differing {
@@ -98,8 +159,18 @@ impl<F: Processor> Driver<F> {
         }
         let pages = self.machine()?.mmu.stats().pages;
         if pages != counted {
-            let (expected, got) = (format!("{counted:?} leaves by level"), format!("{pages:?} in the statistics"));
-            self.findings.differs(Difference { seq, as_id: 0, gfn: 0, level: 0, expected, got });
+            let (expected, got) = (
+                format!("{counted:?} leaves by level"),
+                format!("{pages:?} in the statistics"),
+            );
+            self.findings.differs(Difference {
+                seq,
+                as_id: 0,
+                gfn: 0,
+                level: 0,
+                expected,
+                got,
+            });
         }
         Ok(())
     }
@@ -109,7 +180,17 @@ impl<F: Processor> Driver<F> {
         for as_id in 0..ADDRESS_SPACES {
             let own = leaves.iter().filter(|(space, _)| *space == as_id);
             let own: Vec<Mapped> = own.map(|&(_, leaf)| leaf.into()).collect();
-            same &= self.compare_range(seq, &SpaceRange { as_id, start: 0, end: u64::MAX }, &own)?.is_empty();
+            same &= self
+                .compare_range(
+                    seq,
+                    &SpaceRange {
+                        as_id,
+                        start: 0,
+                        end: u64::MAX,
+                    },
+                    &own,
+                )?
+                .is_empty();
         }
         self.findings.operation(Operation::Teardown, same);
         self.machine()?.mmu.invalidate_roots().finish();

@@ -1,6 +1,6 @@
 //! Changed entries: whose doing each was.
 
-use super::{NOBODY, Story};
+use super::{NOBODY, Story, Thread};
 use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
 use crate::replay::pending::{Conclusion, Guest};
 use crate::replay::scenario::Region;
@@ -15,11 +15,14 @@ impl Story {
         let fault = self.thread(t).fault;
         let covers = fault.filter(|f| f.lies_in(as_id, start, end) && f.guest != Guest::Shadow);
         let before = covers.and_then(|f| self.expected.leaf_at(f.space, f.gfn()));
-        let below: Vec<Leaf> = if kind(change.old, level) == Kind::Table && kind(change.new, level) != Kind::Table {
-            self.expected.leaves(Space::normal(as_id), start, end).collect()
-        } else {
-            Vec::new()
-        };
+        let below: Vec<Leaf> =
+            if kind(change.old, level) == Kind::Table && kind(change.new, level) != Kind::Table {
+                self.expected
+                    .leaves(Space::normal(as_id), start, end)
+                    .collect()
+            } else {
+                Vec::new()
+            };
         let nested = fault.is_some_and(|f| f.guest == Guest::NestedDirect);
         self.give_up_root(nested, change);
         let Applied { place, from, to } = match self.expected.apply(t, nested, change) {
@@ -36,7 +39,9 @@ impl Story {
         self.overtake(t, |fault| fault.lies_in(as_id, start, end));
         self.changed_since_compare = true;
         if space.is_nested() {
-            if let Some(fault) = covers.filter(|f| !f.concluded && from != Kind::Table && to != Kind::Table) {
+            if let Some(fault) =
+                covers.filter(|f| !f.concluded && from != Kind::Table && to != Kind::Table)
+            {
                 self.conclude(t, fault.effect(None, None, false, false));
             }
             return;
@@ -44,7 +49,12 @@ impl Story {
         if matches!(from, Kind::None | Kind::Frozen | Kind::Mmio) && fault.is_none() {
             // Only a fault, or memory mapped ahead, makes entries.
             let what = Wrong::NoFault;
-            self.contradict(Contradiction { as_id, level, gfn: start, what });
+            self.contradict(Contradiction {
+                as_id,
+                level,
+                gfn: start,
+                what,
+            });
             self.sync(as_id, start, level);
             return;
         }
@@ -53,13 +63,27 @@ impl Story {
         }
         if matches!(to, Kind::None | Kind::Frozen) {
             // Older kernels remove a huge page that is write-protected, and the same fault maps smaller ones.
-            let conclusion = covers.filter(|f| !f.concluded).map(|f| f.effect(before, before, false, false));
+            let conclusion = covers
+                .filter(|f| !f.concluded)
+                .map(|f| f.effect(before, before, false, false));
             if let Some(conclusion @ Conclusion::NotYet(_)) = conclusion {
                 self.conclude(t, conclusion);
                 self.sync(as_id, start, level);
             } else if from != Kind::Mmio {
-                let leaf = Leaf { gfn: start, level, spte: change.old };
-                self.removed(t, as_id, if from == Kind::Leaf { vec![leaf] } else { below });
+                let leaf = Leaf {
+                    gfn: start,
+                    level,
+                    spte: change.old,
+                };
+                self.removed(
+                    t,
+                    as_id,
+                    if from == Kind::Leaf {
+                        vec![leaf]
+                    } else {
+                        below
+                    },
+                );
             }
             return;
         }
@@ -92,12 +116,20 @@ impl Story {
 
     /// Older kernels give a root up when a vCPU's mode changes, and take the old one down some time later.
     pub(super) fn give_up_root(&mut self, nested: bool, change: &Change) {
-        let space = if nested { Space::nested(change.as_id) } else { Space::normal(change.as_id) };
+        let space = if nested {
+            Space::nested(change.as_id)
+        } else {
+            Space::normal(change.as_id)
+        };
         if self.fresh_root && self.expected.is_of_another_root(space, change) {
             self.fresh_root = false;
             self.expected.detach_tree(NOBODY, space);
             if !nested {
-                self.steps.push(Step::Sync(SpaceRange { as_id: change.as_id, start: 0, end: u64::MAX }));
+                self.steps.push(Step::Sync(SpaceRange {
+                    as_id: change.as_id,
+                    start: 0,
+                    end: u64::MAX,
+                }));
                 self.steps.push(Step::NotYetOperation(NotYet::RootChange));
             }
         }
@@ -112,8 +144,13 @@ impl Story {
                     unmap.owed.remove(&key);
                 }
             }
-            let overlaps = |r: &SpaceRange| r.as_id == as_id && r.start < leaf.end() && leaf.gfn < r.end;
-            if let Some(mut unmap) = self.thread(t).unmap.take_if(|unmap| unmap.ranges.iter().any(overlaps)) {
+            let overlaps =
+                |r: &SpaceRange| r.as_id == as_id && r.start < leaf.end() && leaf.gfn < r.end;
+            if let Some(mut unmap) = self
+                .thread(t)
+                .unmap
+                .take_if(|unmap| unmap.ranges.iter().any(overlaps))
+            {
                 self.execute_unmap(&mut unmap);
                 if unmap.owed.is_empty() {
                     self.verify_unmap(unmap);
@@ -123,7 +160,8 @@ impl Story {
                 continue;
             }
             let region = self.thread(t).op.as_ref().and_then(|op| op.region);
-            let in_slot = |r: &Region| r.as_id == as_id && r.gfn < leaf.end() && leaf.gfn < r.gfn + r.pages;
+            let in_slot =
+                |r: &Region| r.as_id == as_id && r.gfn < leaf.end() && leaf.gfn < r.gfn + r.pages;
             if region.as_ref().is_some_and(in_slot) {
                 self.begin_slot_change(t);
                 continue;
@@ -135,9 +173,17 @@ impl Story {
     /// Something is about to happen at `gfn`: removals there whose reason is unknown are copied now.
     pub(super) fn settle(&mut self, as_id: u8, gfn: u64) {
         let concerns = |thread: &Thread| {
-            thread.removed.iter().any(|(space, leaf)| *space == as_id && (leaf.gfn..leaf.end()).contains(&gfn))
+            thread
+                .removed
+                .iter()
+                .any(|(space, leaf)| *space == as_id && (leaf.gfn..leaf.end()).contains(&gfn))
         };
-        let threads: Vec<u32> = self.threads.iter().filter(|(_, thread)| concerns(thread)).map(|(&t, _)| t).collect();
+        let threads: Vec<u32> = self
+            .threads
+            .iter()
+            .filter(|(_, thread)| concerns(thread))
+            .map(|(&t, _)| t)
+            .collect();
         for t in threads {
             self.close_activity(t);
         }
@@ -146,7 +192,11 @@ impl Story {
 
 /// What kind of sweep makes such a change without a fault.
 fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
-    let leaf = |spte| Leaf { gfn: change.gfn, level: change.level, spte };
+    let leaf = |spte| Leaf {
+        gfn: change.gfn,
+        level: change.level,
+        spte,
+    };
     match (from, to) {
         (Kind::Leaf, Kind::Table) => NotYet::EagerSplit,
         (Kind::Table, Kind::Leaf) => NotYet::Collapse,

@@ -1,15 +1,22 @@
 //! Faults, from the processor's report to their outcome.
 
-use super::Story;
+use super::{Story, Unmap};
 use crate::replay::expect::{Contradiction, Space, Wrong};
 use crate::replay::pending::{Conclusion, End, Guest, Pending, Requested};
-use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
 use crate::replay::step::{Code, GuestAccess, Meets, NotYet, Step};
 use crate::replay::trace::{Change, FastFault};
 
 impl Story {
-    pub(super) fn page_fault(&mut self, t: u32, previous: u64, left_nested: bool, vcpu: u32, gpa: u64, code: Code) {
+    pub(super) fn page_fault(
+        &mut self,
+        t: u32,
+        previous: u64,
+        left_nested: bool,
+        vcpu: u32,
+        gpa: u64,
+        code: Code,
+    ) {
         let (as_id, seq) = (self.space_of(Some(vcpu)), self.seq);
         let thread = self.thread(t);
         thread.vcpu = Some(vcpu);
@@ -18,7 +25,11 @@ impl Story {
             (true, true) => Guest::Shadow,
             (true, false) => Guest::NestedDirect,
         };
-        let space = if guest == Guest::NestedDirect { Space::nested(as_id) } else { Space::normal(as_id) };
+        let space = if guest == Guest::NestedDirect {
+            Space::nested(as_id)
+        } else {
+            Space::normal(as_id)
+        };
         let fault = Pending {
             seq,
             vcpu: Some(vcpu),
@@ -42,28 +53,62 @@ impl Story {
     pub(super) fn access(&mut self, t: u32, previous: u64, fault: &Pending, vcpu: u32) {
         let gfn = fault.gfn();
         let meets = match self.expected.leaf_at(fault.space, gfn) {
-            Some(leaf) if fault.code.passes(&leaf) => Meets::Page { pfn: leaf.pfn() + (gfn - leaf.gfn) },
+            Some(leaf) if fault.code.passes(&leaf) => Meets::Page {
+                pfn: leaf.pfn() + (gfn - leaf.gfn),
+            },
             Some(_) => Meets::Forbidden,
             None if self.expected.is_mmio(fault.space, gfn) => Meets::Mmio,
             None => Meets::Nothing,
         };
-        let overtaken = self.stamps.changed_by_other(fault.space.as_id(), gfn, t, previous);
+        let overtaken = self
+            .stamps
+            .changed_by_other(fault.space.as_id(), gfn, t, previous);
         if meets != Meets::reported(fault.code) && !overtaken {
-            let what = Wrong::NotMet { reported: fault.code.0 };
-            self.contradict(Contradiction { as_id: fault.space.as_id(), level: 1, gfn, what });
+            let what = Wrong::NotMet {
+                reported: fault.code.0,
+            };
+            self.contradict(Contradiction {
+                as_id: fault.space.as_id(),
+                level: 1,
+                gfn,
+                what,
+            });
         }
-        let half_removed = |unmap: &Unmap| unmap.executed && unmap.ranges.iter().any(|r| fault.lies_in(r.as_id, r.start, r.end));
-        if !self.threads.values().any(|thread| thread.unmap.as_ref().is_some_and(half_removed)) {
+        let half_removed = |unmap: &Unmap| {
+            unmap.executed
+                && unmap
+                    .ranges
+                    .iter()
+                    .any(|r| fault.lies_in(r.as_id, r.start, r.end))
+        };
+        if !self
+            .threads
+            .values()
+            .any(|thread| thread.unmap.as_ref().is_some_and(half_removed))
+        {
             let (as_id, gpa, code) = (fault.space.as_id(), fault.gpa, fault.code);
-            self.steps.push(Step::Access(GuestAccess { seq: self.seq, vcpu, as_id, gpa, code, meets }));
+            self.steps.push(Step::Access(GuestAccess {
+                seq: self.seq,
+                vcpu,
+                as_id,
+                gpa,
+                code,
+                meets,
+            }));
         }
     }
 
     pub(super) fn requested(&mut self, t: u32, gfn: u64, requested: Requested) {
-        let open = self.thread(t).fault.is_some_and(|f| f.gfn() == gfn && !f.concluded && !(f.ahead && f.requested.is_some()));
+        let open = self
+            .thread(t)
+            .fault
+            .is_some_and(|f| f.gfn() == gfn && !f.concluded && !(f.ahead && f.requested.is_some()));
         // Without a fault of its own, memory is mapped ahead of the guest. (A shadow page's request names the frame of
         // the guest hypervisor, not that of its guest.)
-        let shadow = self.thread(t).fault.is_some_and(|f| f.guest == Guest::Shadow);
+        let shadow = self
+            .thread(t)
+            .fault
+            .is_some_and(|f| f.guest == Guest::Shadow);
         if !open && !shadow {
             self.close_fault(t, End::Went);
             let vcpu = self.thread(t).vcpu;
@@ -91,36 +136,56 @@ impl Story {
 
     /// The answer may find the page mapped already.
     pub(super) fn conclude_if_satisfied(&mut self, t: u32) {
-        let Some(fault) = self.thread(t).fault.filter(|f| !f.concluded && f.guest == Guest::Ordinary) else { return };
+        let Some(fault) = self
+            .thread(t)
+            .fault
+            .filter(|f| !f.concluded && f.guest == Guest::Ordinary)
+        else {
+            return;
+        };
         let leaf = self.expected.leaf_at(fault.space, fault.gfn());
         if fault.is_satisfied(leaf) {
-            self.conclude(t, fault.effect(leaf, leaf, false, self.expected.nx_huge_pages));
+            self.conclude(
+                t,
+                fault.effect(leaf, leaf, false, self.expected.nx_huge_pages),
+            );
         }
     }
 
     /// What `t` changed may have done the work of other threads' faults.
     pub(super) fn conclude_overtaken(&mut self, t: u32) {
-        let others = self.threads.iter().filter(|&(&other, thread)| other != t && thread.fault.is_some_and(|f| f.overtaken));
+        let others = self
+            .threads
+            .iter()
+            .filter(|&(&other, thread)| other != t && thread.fault.is_some_and(|f| f.overtaken));
         for other in others.map(|(&other, _)| other).collect::<Vec<_>>() {
             self.conclude_if_satisfied(other);
         }
     }
 
     pub(super) fn conclude(&mut self, t: u32, conclusion: Conclusion) {
-        let Some(fault) = &mut self.thread(t).fault else { return };
+        let Some(fault) = &mut self.thread(t).fault else {
+            return;
+        };
         fault.concluded = true;
         let fault = *fault;
         self.faults_since_compare += 1;
         let gfn = fault.gfn();
         match conclusion {
             Conclusion::NotYet(reason) => {
-                self.steps.push(Step::NotYetFault { seq: fault.seq, reason, ahead: fault.ahead });
+                self.steps.push(Step::NotYetFault {
+                    seq: fault.seq,
+                    reason,
+                    ahead: fault.ahead,
+                });
             }
             Conclusion::Compare(answer, recorded) => {
                 self.steps.push(Step::Fault(fault.step(answer, recorded)));
                 // The permissions that a sweep's policy took away are copied.
                 let leaf = self.expected.leaf_at(fault.space, gfn);
-                if let Some(leaf) = leaf.filter(|l| !l.is_executable() || l.is_writable() != l.is_host_writable()) {
+                if let Some(leaf) =
+                    leaf.filter(|l| !l.is_executable() || l.is_writable() != l.is_host_writable())
+                {
                     self.sync(fault.space.as_id(), leaf.gfn, leaf.level);
                 }
             }
@@ -135,16 +200,32 @@ impl Story {
         let level = fast.level.max(1);
         let gfn = spte::align(fast.gpa >> 12, level);
         if fast.fixed {
-            let repaired = Leaf { gfn, level, spte: fast.new };
+            let repaired = Leaf {
+                gfn,
+                level,
+                spte: fast.new,
+            };
             if !repaired.is_writable() {
                 let what = Wrong::NotMade(fast.new);
-                self.contradict(Contradiction { as_id: space.as_id(), level, gfn, what });
+                self.contradict(Contradiction {
+                    as_id: space.as_id(),
+                    level,
+                    gfn,
+                    what,
+                });
             }
-            let change = Change { as_id: space.as_id(), level, gfn, old: fast.old, new: fast.new };
+            let change = Change {
+                as_id: space.as_id(),
+                level,
+                gfn,
+                old: fast.old,
+                new: fast.new,
+            };
             if let Err(contradiction) = self.expected.repair(space, &change) {
                 self.contradict(contradiction);
             }
-            self.stamps.note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
+            self.stamps
+                .note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
             self.changed_since_compare = true;
             if !space.is_nested() {
                 self.sync(space.as_id(), gfn, level);
@@ -157,21 +238,44 @@ impl Story {
 
     /// KVM says what leaf the fault of `t` made.
     pub(super) fn check_made(&mut self, t: u32, gfn: u64, level: u8, spte: u64) {
-        let Some(fault) = self.thread(t).fault.filter(|fault| fault.guest == Guest::Ordinary) else { return };
+        let Some(fault) = self
+            .thread(t)
+            .fault
+            .filter(|fault| fault.guest == Guest::Ordinary)
+        else {
+            return;
+        };
         let made = self.expected.leaf_at(fault.space, gfn);
-        let differs = |leaf: Leaf| leaf.level != level || (leaf.spte ^ spte) & !spte::ACCESSED_DIRTY != 0;
+        let differs =
+            |leaf: Leaf| leaf.level != level || (leaf.spte ^ spte) & !spte::ACCESSED_DIRTY != 0;
         if kind(spte, level) == Kind::Leaf && made.is_none_or(differs) {
             let what = Wrong::NotMade(spte);
-            self.contradict(Contradiction { as_id: fault.space.as_id(), level, gfn, what });
+            self.contradict(Contradiction {
+                as_id: fault.space.as_id(),
+                level,
+                gfn,
+                what,
+            });
         }
     }
 
     /// KVM says that the fault of `t` made an MMIO entry.
     pub(super) fn check_marked(&mut self, t: u32, gfn: u64) {
-        let Some(fault) = self.thread(t).fault.filter(|fault| fault.guest == Guest::Ordinary) else { return };
+        let Some(fault) = self
+            .thread(t)
+            .fault
+            .filter(|fault| fault.guest == Guest::Ordinary)
+        else {
+            return;
+        };
         if !self.expected.is_mmio(fault.space, gfn) {
             let what = Wrong::NotMarked;
-            self.contradict(Contradiction { as_id: fault.space.as_id(), level: 1, gfn, what });
+            self.contradict(Contradiction {
+                as_id: fault.space.as_id(),
+                level: 1,
+                gfn,
+                what,
+            });
         }
     }
 }

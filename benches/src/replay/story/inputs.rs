@@ -10,8 +10,16 @@ use std::collections::BTreeSet;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
-        let op = self.scenario.op(index).ok_or_else(|| format!("operation {index} is not in the scenario"))?.clone();
-        let mut open = OpenOp { op, slot: None, region: None };
+        let op = self
+            .scenario
+            .op(index)
+            .ok_or_else(|| format!("operation {index} is not in the scenario"))?
+            .clone();
+        let mut open = OpenOp {
+            op,
+            slot: None,
+            region: None,
+        };
         match open.op {
             Op::SetRegion(region) => {
                 let old = self.slots.get(&(region.as_id, region.slot)).copied();
@@ -47,7 +55,11 @@ impl Story {
 
     pub(super) fn end(&mut self, t: u32) {
         self.begin_slot_change(t);
-        if let Some(OpenOp { op: Op::SetRegion(_), .. }) = self.thread(t).op.take() {
+        if let Some(OpenOp {
+            op: Op::SetRegion(_),
+            ..
+        }) = self.thread(t).op.take()
+        {
             self.changed_since_compare = true;
         }
         self.compare();
@@ -62,7 +74,8 @@ impl Story {
                 self.slots.remove(&(region.as_id, region.slot));
             }
         }
-        self.steps.push(Step::Slot(change));
+        let seq = self.seq;
+        self.steps.push(Step::Slot { seq, change });
     }
 
     /// The deletion or move that `t` is in the middle of shows now. Returns the slot's place before it, if there is one.
@@ -82,9 +95,17 @@ impl Story {
         self.overtake(t, |_| true);
         self.changed_since_compare = true;
         self.steps.push(Step::InvalidateRoots);
-        let everything = |as_id| SpaceRange { as_id, start: 0, end: u64::MAX };
+        let everything = |as_id| SpaceRange {
+            as_id,
+            start: 0,
+            end: u64::MAX,
+        };
         let ranges = vec![everything(0), everything(1)];
-        self.steps.push(Step::Verify { seq: self.seq, operation: Operation::InvalidateRoots, ranges });
+        self.steps.push(Step::Verify {
+            seq: self.seq,
+            operation: Operation::InvalidateRoots,
+            ranges,
+        });
     }
 
     pub(super) fn unmap(&mut self, t: u32, ranges: &[SpaceRange]) {
@@ -93,11 +114,21 @@ impl Story {
         }
         let mut owed = BTreeSet::new();
         for range in ranges {
-            let leaves = self.expected.leaves(Space::normal(range.as_id), range.start, range.end);
+            let leaves = self
+                .expected
+                .leaves(Space::normal(range.as_id), range.start, range.end);
             owed.extend(leaves.map(|leaf| (range.as_id, leaf.gfn, leaf.level)));
         }
-        self.overtake(t, |fault| ranges.iter().any(|r| fault.lies_in(r.as_id, r.start, r.end)));
-        let mut unmap = Unmap { ranges: ranges.to_vec(), owed, executed: false };
+        self.overtake(t, |fault| {
+            ranges
+                .iter()
+                .any(|r| fault.lies_in(r.as_id, r.start, r.end))
+        });
+        let mut unmap = Unmap {
+            ranges: ranges.to_vec(),
+            owed,
+            executed: false,
+        };
         if unmap.owed.is_empty() {
             self.execute_unmap(&mut unmap);
             self.verify_unmap(unmap);
@@ -114,13 +145,19 @@ impl Story {
     }
 
     pub(super) fn verify_unmap(&mut self, unmap: Unmap) {
-        self.steps.push(Step::Verify { seq: self.seq, operation: Operation::Invalidate, ranges: unmap.ranges });
+        self.steps.push(Step::Verify {
+            seq: self.seq,
+            operation: Operation::Invalidate,
+            ranges: unmap.ranges,
+        });
     }
 
     /// Faults of other threads have something in common with what `t` did.
     pub(super) fn overtake(&mut self, t: u32, concerns: impl Fn(&Pending) -> bool) {
         for (&other, thread) in &mut self.threads {
-            if other != t && let Some(fault) = thread.fault.as_mut().filter(|fault| concerns(fault)) {
+            if other != t
+                && let Some(fault) = thread.fault.as_mut().filter(|fault| concerns(fault))
+            {
                 fault.overtaken = true;
             }
         }

@@ -2,7 +2,10 @@
 //!
 //! One structure has every field that any event has; each event takes the ones that it needs and checks them.
 
-use super::{ADDRESS_SPACES, Change, Event, FastFault, MAX_FRAME, MAX_RUN, MAX_VCPUS, Run, SpaceRange, TraceError};
+use super::{
+    ADDRESS_SPACES, Change, Event, FastFault, MAX_FRAME, MAX_RUN, MAX_VCPUS, Run, SpaceRange,
+    TraceError,
+};
 use serde::{Deserialize, Deserializer, de};
 use std::borrow::Cow;
 use std::fmt;
@@ -41,7 +44,8 @@ impl<'de> Deserialize<'de> for HostFrame {
         if text == "noslot" {
             return Ok(Self(None));
         }
-        let text: de::value::StrDeserializer<'_, D::Error> = de::IntoDeserializer::into_deserializer(&*text);
+        let text: de::value::StrDeserializer<'_, D::Error> =
+            de::IntoDeserializer::into_deserializer(&*text);
         Hex::deserialize(text).map(|Hex(pfn)| Self(Some(pfn)))
     }
 }
@@ -124,22 +128,30 @@ impl Raw<'_> {
             "kvm_tdp_mmu_spte_changed" => Event::Changed(self.run()?),
             // The rest of the line describes a shadow page or this entry; only the entry matters.
             "kvm_mmu_set_spte" => match (self.gfn, self.level, self.spte) {
-                (Some(_), Some(_), Some(Hex(spte))) => {
-                    Event::SetSpte { gfn: self.gfn()?, level: self.leaf_level()?, spte }
-                }
+                (Some(_), Some(_), Some(Hex(spte))) => Event::SetSpte {
+                    gfn: self.gfn()?,
+                    level: self.leaf_level()?,
+                    spte,
+                },
                 _ => Event::Inside,
             },
             "mark_mmio_spte" => Event::MarkMmio(self.gfn()?),
             "fast_page_fault" => Event::FastFault(FastFault {
                 gpa: self.gpa()?,
-                level: self.within(self.need(self.level_inferred, "level_inferred")?, "level_inferred", 4)? as u8,
+                level: self.within(
+                    self.need(self.level_inferred, "level_inferred")?,
+                    "level_inferred",
+                    4,
+                )? as u8,
                 old: self.need(self.old_spte, "old_spte")?.0,
                 new: self.need(self.new_spte, "new_spte")?.0,
                 fixed: self.need(self.fixed, "fixed")?.is_set(),
                 spurious: self.need(self.spurious, "spurious")?.is_set(),
             }),
             "kvm_mmu_get_page" => match self.need(self.level, "level")? {
-                level @ 4..=5 if self.need(self.direct, "direct")?.is_set() => Event::Root(level as u8),
+                level @ 4..=5 if self.need(self.direct, "direct")?.is_set() => {
+                    Event::Root(level as u8)
+                }
                 _ => Event::Inside,
             },
             "kvm_mmu_zap_all_fast" => Event::ZapAllFast,
@@ -148,32 +160,64 @@ impl Raw<'_> {
             "kvm_smm_transition" => self.smm()?,
             "kvm_nested_vmenter" | "kvm_nested_vmrun" => {
                 let text = self.text.as_deref().unwrap_or_default();
-                Event::NestedEnter { nested_paging: text.contains("nested_npt=y") || text.contains("npt: on") }
+                Event::NestedEnter {
+                    nested_paging: text.contains("nested_npt=y") || text.contains("npt: on"),
+                }
             }
-            "kvm_nested_vmexit" => {
-                Event::NestedExit { page_fault: self.text.as_deref().unwrap_or_default().contains("reason npf") }
-            }
-            "kvm_userspace_exit" => {
-                Event::UserspaceExit { error: self.text.as_deref().unwrap_or_default().contains("reason error") }
-            }
-            "kvm_mmu_prepare_zap_page" | "kvm_mmu_split_huge_page" | "kvm_mmu_unsync_page" | "kvm_mmu_sync_page"
-            | "check_mmio_spte" | "handle_mmio_page_fault" | "mark_page_dirty_in_slot"
+            "kvm_nested_vmexit" => Event::NestedExit {
+                page_fault: self
+                    .text
+                    .as_deref()
+                    .unwrap_or_default()
+                    .contains("reason npf"),
+            },
+            "kvm_userspace_exit" => Event::UserspaceExit {
+                error: self
+                    .text
+                    .as_deref()
+                    .unwrap_or_default()
+                    .contains("reason error"),
+            },
+            "kvm_mmu_prepare_zap_page"
+            | "kvm_mmu_split_huge_page"
+            | "kvm_mmu_unsync_page"
+            | "kvm_mmu_sync_page"
+            | "check_mmio_spte"
+            | "handle_mmio_page_fault"
+            | "mark_page_dirty_in_slot"
             | "kvm_dirty_ring_push" => Event::Inside,
             _ => Event::Other,
         })
     }
 
     fn need<T>(&self, value: Option<T>, field: &'static str) -> Result<T, TraceError> {
-        value.ok_or_else(|| TraceError::Missing { event: self.event.to_string(), field })
+        value.ok_or_else(|| TraceError::Missing {
+            event: self.event.to_string(),
+            field,
+        })
     }
 
     /// `value`, if it is below `limit`.
-    pub(super) fn within(&self, value: u64, field: &'static str, limit: u64) -> Result<u64, TraceError> {
-        if value < limit { Ok(value) } else { Err(TraceError::Range { event: self.event.to_string(), field, value }) }
+    pub(super) fn within(
+        &self,
+        value: u64,
+        field: &'static str,
+        limit: u64,
+    ) -> Result<u64, TraceError> {
+        if value < limit {
+            Ok(value)
+        } else {
+            Err(TraceError::Range {
+                event: self.event.to_string(),
+                field,
+                value,
+            })
+        }
     }
 
     fn vcpu(&self, number: u64) -> Result<u32, TraceError> {
-        self.within(number, "vcpu", u64::from(MAX_VCPUS)).map(|n| n as u32)
+        self.within(number, "vcpu", u64::from(MAX_VCPUS))
+            .map(|n| n as u32)
     }
 
     fn gpa(&self) -> Result<u64, TraceError> {
@@ -188,7 +232,11 @@ impl Raw<'_> {
     fn leaf_level(&self) -> Result<u8, TraceError> {
         let level = self.need(self.level, "level")?;
         if level == 0 {
-            return Err(TraceError::Range { event: self.event.to_string(), field: "level", value: level });
+            return Err(TraceError::Range {
+                event: self.event.to_string(),
+                field: "level",
+                value: level,
+            });
         }
         self.within(level, "level", 4).map(|l| l as u8)
     }
@@ -196,17 +244,35 @@ impl Raw<'_> {
     fn run(&self) -> Result<Run, TraceError> {
         let level = self.need(self.level, "level")?;
         if level == 0 {
-            return Err(TraceError::Range { event: self.event.to_string(), field: "level", value: level });
+            return Err(TraceError::Range {
+                event: self.event.to_string(),
+                field: "level",
+                value: level,
+            });
         }
         let n = self.n.unwrap_or(1);
         if n == 0 {
-            return Err(TraceError::Range { event: self.event.to_string(), field: "n", value: n });
+            return Err(TraceError::Range {
+                event: self.event.to_string(),
+                field: "n",
+                value: n,
+            });
         }
         let n = self.within(n, "n", MAX_RUN + 1)?;
-        let step = |value, field| if n == 1 { Ok(0) } else { self.need(value, field).map(|Hex(v)| v) };
+        let step = |value, field| {
+            if n == 1 {
+                Ok(0)
+            } else {
+                self.need(value, field).map(|Hex(v)| v)
+            }
+        };
         let run = Run {
             first: Change {
-                as_id: self.within(self.need(self.as_id, "as_id")?, "as_id", u64::from(ADDRESS_SPACES))? as u8,
+                as_id: self.within(
+                    self.need(self.as_id, "as_id")?,
+                    "as_id",
+                    u64::from(ADDRESS_SPACES),
+                )? as u8,
                 level: self.within(level, "level", 6)? as u8,
                 gfn: self.gfn()?,
                 old: self.need(self.old_spte, "old_spte")?.0,
@@ -219,13 +285,19 @@ impl Raw<'_> {
         };
         let span = u128::from(run.gfn_step) * u128::from(n - 1);
         if u128::from(run.first.gfn) + span >= u128::from(MAX_FRAME) {
-            return Err(TraceError::Range { event: self.event.to_string(), field: "gfn_step", value: run.gfn_step });
+            return Err(TraceError::Range {
+                event: self.event.to_string(),
+                field: "gfn_step",
+                value: run.gfn_step,
+            });
         }
         Ok(run)
     }
 
     fn ranges(&self) -> Result<Vec<SpaceRange>, TraceError> {
-        let Some(ranges) = &self.gfn_ranges else { return Ok(Vec::new()) };
+        let Some(ranges) = &self.gfn_ranges else {
+            return Ok(Vec::new());
+        };
         let mut all = Vec::with_capacity(ranges.len());
         for range in ranges {
             let as_id = self.within(range.as_id, "as_id", u64::from(ADDRESS_SPACES))? as u8;
@@ -239,10 +311,18 @@ impl Raw<'_> {
     /// Newer recordings have fields, older ones a text such as `vcpu 0: entering SMM, smbase 0x30000`.
     fn smm(&self) -> Result<Event, TraceError> {
         if let (Some(vcpu), Some(entering)) = (self.vcpu, self.entering) {
-            return Ok(Event::Smm { vcpu: self.vcpu(vcpu)?, entering: entering.is_set() });
+            return Ok(Event::Smm {
+                vcpu: self.vcpu(vcpu)?,
+                entering: entering.is_set(),
+            });
         }
         let text = self.need(self.text.as_deref(), "text")?;
-        let number = text.strip_prefix("vcpu ").and_then(|rest| rest.split(':').next()?.trim().parse().ok());
-        Ok(Event::Smm { vcpu: self.vcpu(self.need(number, "vcpu")?)?, entering: text.contains("entering") })
+        let number = text
+            .strip_prefix("vcpu ")
+            .and_then(|rest| rest.split(':').next()?.trim().parse().ok());
+        Ok(Event::Smm {
+            vcpu: self.vcpu(self.need(number, "vcpu")?)?,
+            entering: text.contains("entering"),
+        })
     }
 }

@@ -15,16 +15,33 @@ fn reads_a_fault_and_its_answer() {
     )
     .unwrap();
     assert_eq!((line.seq, line.thread), (8, 2));
-    assert_eq!(line.event, Event::PageFault { vcpu: 1, gpa: 0x1100, code: 0x1_0000_0014 });
+    assert_eq!(
+        line.event,
+        Event::PageFault {
+            vcpu: 1,
+            gpa: 0x1100,
+            code: 0x1_0000_0014
+        }
+    );
     assert_eq!(
         event(
             r#"{"seq":9,"t":0,"event":"kvm_mmu_spte_requested","gfn":"0x1","level":2,"pfn":"0x184a7f","frame":"D0"}"#
         ),
-        Event::Requested { gfn: 1, level: 2, pfn: Some(0x18_4a7f) }
+        Event::Requested {
+            gfn: 1,
+            level: 2,
+            pfn: Some(0x18_4a7f)
+        }
     );
     assert_eq!(
-        event(r#"{"seq":9,"t":0,"event":"kvm_mmu_spte_requested","gfn":"0x1","level":1,"pfn":"noslot"}"#),
-        Event::Requested { gfn: 1, level: 1, pfn: None }
+        event(
+            r#"{"seq":9,"t":0,"event":"kvm_mmu_spte_requested","gfn":"0x1","level":1,"pfn":"noslot"}"#
+        ),
+        Event::Requested {
+            gfn: 1,
+            level: 1,
+            pfn: None
+        }
     );
 }
 
@@ -38,16 +55,27 @@ fn expands_a_run() {
     };
     let changes: Vec<_> = run.changes().collect();
     assert_eq!(changes.len(), 3);
-    let last = Change { as_id: 1, level: 1, gfn: 0x202, old: 0x100_2e67, new: 0x8000_0000_0000_05a0 };
+    let last = Change {
+        as_id: 1,
+        level: 1,
+        gfn: 0x202,
+        old: 0x100_2e67,
+        new: 0x8000_0000_0000_05a0,
+    };
     assert_eq!(changes[2], last);
 }
 
 #[test]
 fn reads_both_forms_of_a_mode_change() {
     let fields = r#"{"seq":1,"t":1,"event":"kvm_smm_transition","vcpu":0,"entering":true}"#;
-    let text =
-        r#"{"seq":1,"t":1,"event":"kvm_smm_transition","text":"vcpu 0: entering SMM, smbase 0x30000"}"#;
-    assert_eq!(event(fields), Event::Smm { vcpu: 0, entering: true });
+    let text = r#"{"seq":1,"t":1,"event":"kvm_smm_transition","text":"vcpu 0: entering SMM, smbase 0x30000"}"#;
+    assert_eq!(
+        event(fields),
+        Event::Smm {
+            vcpu: 0,
+            entering: true
+        }
+    );
     assert_eq!(event(fields), event(text));
 }
 
@@ -65,26 +93,59 @@ fn tells_roots_from_other_tables() {
 
 #[test]
 fn an_unknown_event_is_no_error() {
-    assert_eq!(event(r#"{"seq":1,"t":0,"event":"kvm_new_thing","gfn":7}"#.replace("7", "\"0x7\"").as_str()), Event::Other);
+    assert_eq!(
+        event(
+            r#"{"seq":1,"t":0,"event":"kvm_new_thing","gfn":7}"#
+                .replace("7", "\"0x7\"")
+                .as_str()
+        ),
+        Event::Other
+    );
 }
 
 #[test]
 fn bad_lines_say_what_is_wrong() {
     assert!(error("").contains("not a trace event"));
     assert!(error(r#"{"seq":1,"t":0}"#).contains("event"));
-    assert!(error(r#"{"seq":1,"t":0,"event":"kvm_page_fault","vcpu":0,"gpa":"0x1"}"#).contains("error_code"));
     assert!(
-        error(r#"{"seq":1,"t":0,"event":"kvm_page_fault","vcpu":0,"gpa":"pear","error_code":"0x4"}"#)
-            .contains("pear")
+        error(r#"{"seq":1,"t":0,"event":"kvm_page_fault","vcpu":0,"gpa":"0x1"}"#)
+            .contains("error_code")
+    );
+    assert!(
+        error(
+            r#"{"seq":1,"t":0,"event":"kvm_page_fault","vcpu":0,"gpa":"pear","error_code":"0x4"}"#
+        )
+        .contains("pear")
     );
     let absurd = [
-        (r#""kvm_page_fault","vcpu":99999999,"gpa":"0x1","error_code":"0x4""#, "vcpu"),
-        (r#""kvm_page_fault","vcpu":0,"gpa":"0xfffffffffffff000","error_code":"0x4""#, "gpa"),
-        (r#""kvm_mmu_spte_requested","gfn":"0x1","level":0,"pfn":"0x1""#, "level"),
-        (r#""kvm_mmu_spte_requested","gfn":"0x1","level":4,"pfn":"0x1""#, "level"),
-        (r#""kvm_mmu_spte_requested","gfn":"0x1","level":1,"pfn":"0xffffffffffffffff""#, "pfn"),
-        (r#""kvm_tdp_mmu_spte_changed","as_id":2,"gfn":"0x1","level":1,"old_spte":"0x0","new_spte":"0x1""#, "as_id"),
-        (r#""kvm_tdp_mmu_spte_changed","as_id":0,"gfn":"0x1","level":6,"old_spte":"0x0","new_spte":"0x1""#, "level"),
+        (
+            r#""kvm_page_fault","vcpu":99999999,"gpa":"0x1","error_code":"0x4""#,
+            "vcpu",
+        ),
+        (
+            r#""kvm_page_fault","vcpu":0,"gpa":"0xfffffffffffff000","error_code":"0x4""#,
+            "gpa",
+        ),
+        (
+            r#""kvm_mmu_spte_requested","gfn":"0x1","level":0,"pfn":"0x1""#,
+            "level",
+        ),
+        (
+            r#""kvm_mmu_spte_requested","gfn":"0x1","level":4,"pfn":"0x1""#,
+            "level",
+        ),
+        (
+            r#""kvm_mmu_spte_requested","gfn":"0x1","level":1,"pfn":"0xffffffffffffffff""#,
+            "pfn",
+        ),
+        (
+            r#""kvm_tdp_mmu_spte_changed","as_id":2,"gfn":"0x1","level":1,"old_spte":"0x0","new_spte":"0x1""#,
+            "as_id",
+        ),
+        (
+            r#""kvm_tdp_mmu_spte_changed","as_id":0,"gfn":"0x1","level":6,"old_spte":"0x0","new_spte":"0x1""#,
+            "level",
+        ),
         (
             r#""kvm_tdp_mmu_spte_changed","as_id":0,"gfn":"0x1","level":1,"old_spte":"0x0","new_spte":"0x1","n":1000000000000,"gfn_step":"0x0","old_step":"0x0","new_step":"0x0""#,
             "n ",
@@ -93,10 +154,16 @@ fn bad_lines_say_what_is_wrong() {
             r#""kvm_tdp_mmu_spte_changed","as_id":0,"gfn":"0x1","level":1,"old_spte":"0x0","new_spte":"0x1","n":3,"gfn_step":"0xffffffffffffffff","old_step":"0x0","new_step":"0x0""#,
             "gfn_step",
         ),
-        (r#""kvm_unmap_hva_range","gfn_ranges":[{"as_id":0,"gfn_start":"0x8","gfn_end":"0x4"}]"#, "gfn_start"),
+        (
+            r#""kvm_unmap_hva_range","gfn_ranges":[{"as_id":0,"gfn_start":"0x8","gfn_end":"0x4"}]"#,
+            "gfn_start",
+        ),
     ];
     for (rest, field) in absurd {
         let message = error(&format!(r#"{{"seq":1,"t":0,"event":{rest}}}"#));
-        assert!(message.contains(field) && message.contains("out of range"), "{message}");
+        assert!(
+            message.contains(field) && message.contains("out of range"),
+            "{message}"
+        );
     }
 }

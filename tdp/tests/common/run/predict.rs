@@ -106,7 +106,6 @@ impl<F: Processor> Run<'_, F> {
         let space = self.runners[n].space;
         let memory_fault = |reason| {
             Outcome::MemoryFault(MemoryFault {
-                gpa: fault.gpa,
                 access: fault.access,
                 reason,
             })
@@ -137,10 +136,7 @@ impl<F: Processor> Run<'_, F> {
         let mut allowed = self.permitted;
         if slot.flags.contains(SlotFlags::READ_ONLY) {
             if fault.access.is_write() {
-                return Outcome::Mmio {
-                    gpa: fault.gpa,
-                    read_only: true,
-                };
+                return Outcome::Mmio { read_only: true };
             }
             allowed = allowed.difference(Perms::WRITE);
         }
@@ -197,7 +193,6 @@ impl<F: Processor> Run<'_, F> {
         };
         if let Some(reason) = reason {
             return Outcome::MemoryFault(MemoryFault {
-                gpa: fault.gpa,
                 access: fault.access,
                 reason,
             });
@@ -247,10 +242,7 @@ impl<F: Processor> Run<'_, F> {
             // A bare map where there is no slot.
             return Outcome::Retry(RetryReason::SlotChanging);
         }
-        Outcome::Mmio {
-            gpa: fault.gpa,
-            read_only: false,
-        }
+        Outcome::Mmio { read_only: false }
     }
 
     fn tree(&mut self, n: usize) -> &mut Tree {
