@@ -237,6 +237,26 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         })
     }
 
+    /// Tries again for as long as that is what the library says.
+    #[cold]
+    #[inline(never)]
+    fn resolve_slowly(
+        &self,
+        vcpu: &mut Vcpu<F, BenchHost>,
+        gfn: Gfn,
+        mut outcome: Outcome,
+    ) -> Result<(), OurFailure> {
+        for _ in 0..RETRIES {
+            match outcome {
+                Outcome::Fixed { .. } | Outcome::Spurious => return Ok(()),
+                Outcome::Retry(_) => std::hint::spin_loop(),
+                _ => break,
+            }
+            outcome = O::perform(vcpu, gfn, &self.setup)?;
+        }
+        Err(OurFailure::Outcome(outcome))
+    }
+
     /// Its MMU.
     pub fn mmu(&self) -> &Mmu<F, BenchHost> {
         &self.mmu
@@ -253,16 +273,9 @@ impl<F: Walked, O: Operation> Contender for Ours<F, O> {
 
     #[inline(always)]
     fn resolve(&self, vcpu: &mut Self::Worker, gfn: Gfn) -> Result<(), OurFailure> {
-        let mut outcome = O::perform(vcpu, gfn, &self.setup)?;
-        let mut left = RETRIES;
-        while let Outcome::Retry(_) = outcome {
-            left = left.checked_sub(1).ok_or(OurFailure::Outcome(outcome))?;
-            std::hint::spin_loop();
-            outcome = O::perform(vcpu, gfn, &self.setup)?;
-        }
-        match outcome {
+        match O::perform(vcpu, gfn, &self.setup)? {
             Outcome::Fixed { .. } | Outcome::Spurious => Ok(()),
-            other => Err(OurFailure::Outcome(other)),
+            other => self.resolve_slowly(vcpu, gfn, other),
         }
     }
 

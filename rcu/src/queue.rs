@@ -54,7 +54,7 @@ impl<G> Queue<G> {
         tally.retired.store(retired, Ordering::Relaxed);
         let pending = retired.wrapping_sub(tally.freed());
         self.pending_max = self.pending_max.max(pending);
-        // One drive at a time is enough, and a `G` whose drop retires must not drive from within a drive.
+        // One of these at a time is enough; a `G` whose drop retires does not start another from within.
         let drive = pending > self.drive_at && !self.driving;
         self.driving |= drive;
         drive

@@ -282,7 +282,7 @@ impl Drop for Chain {
 
 #[test]
 fn garbage_may_retire_garbage() {
-    // With this bound every retirement drives; nested ones must not, or the stack would not end.
+    // With this bound every retirement wants to drive, those from within a drive included.
     let domain = Domain::new(DomainConfig { bound: 0 });
     let drops = Arc::new(AtomicUsize::new(0));
     let left = 50_000;

@@ -12,10 +12,10 @@ use tdp_rcu::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering};
 use tdp_rcu::{Domain, DomainConfig};
 
 const SLOTS: usize = 8;
-const OBJECTS: usize = 512;
-const BOUND: usize = 256;
+const OBJECTS: usize = 64;
+const BOUND: usize = 4;
 const RETIRERS: usize = 2;
-const SWAPS: u64 = 6_000;
+const SWAPS: u64 = 2_500;
 
 struct World {
     /// Object in the low half, its stamp in the high one.
@@ -30,7 +30,7 @@ impl World {
     fn walk(&self, at: usize) {
         let link = self.slots[at % SLOTS].load(Ordering::Acquire);
         let (object, stamp) = (link as u32 as usize, link >> 32);
-        for _ in 0..8 {
+        for _ in 0..8 << (at % 6) {
             if self.stamps[object].load(Ordering::Relaxed) != stamp {
                 self.stale.fetch_add(1, Ordering::Relaxed);
                 break;

@@ -109,10 +109,11 @@ impl RetryReason {
     }
 }
 
-/// Why a fault is the embedder's to deal with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why a fault is the embedder's to deal with; where it happened and what the guest tried is in the [`Fault`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum MemoryFaultReason {
+#[repr(u8)]
+pub enum MemoryFault {
     /// The address is wider than the tables can map.
     BeyondWidth,
     /// The backing has no page there, or one that no table can name.
@@ -121,16 +122,9 @@ pub enum MemoryFaultReason {
     NotPermitted,
 }
 
-/// A fault that the MMU cannot resolve, at the address of the [`Fault`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryFault {
-    /// What the guest tried.
-    pub access: Access,
-    /// Why not.
-    pub reason: MemoryFaultReason,
-}
-
-/// How a fault ended. Small enough, with its error, to be returned in registers: it does not repeat the address.
+/// How a fault ended.
+// Each variant holds at most one byte and the error none, so that the result is returned and matched in registers: one
+// that goes through memory, written as bytes and read as a whole, costs as much as a walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "says whether to enter the guest, to emulate or to report"]
 pub enum Outcome {
@@ -152,13 +146,18 @@ pub enum Outcome {
     MemoryFault(MemoryFault),
 }
 
-const _: () = assert!(size_of::<Result<Outcome, FaultError>>() <= 2 * size_of::<usize>());
+const _: () = assert!(size_of::<Result<Outcome, FaultError>>() == 2);
 
 /// A fault could not be worked on; the tables are as they were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
 pub enum FaultError {
     /// No frame for a table, not even after waiting for grace periods.
-    #[error("no table frame: {0}")]
-    OutOfFrames(#[from] OutOfFrames),
+    #[error("no table frame is left, not even after waiting for grace periods")]
+    OutOfFrames,
+}
+
+impl From<OutOfFrames> for FaultError {
+    fn from(_: OutOfFrames) -> Self {
+        FaultError::OutOfFrames
+    }
 }

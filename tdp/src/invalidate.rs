@@ -16,7 +16,7 @@ use crate::reclaim::Retired;
 use crate::tlb::{Flushed, PendingFlush};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use tdp_arch::{Format, Gfn, GfnRange};
+use tdp_arch::{Format, GfnRange};
 use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, Ordering};
 
 /// Ranges under invalidation.
@@ -58,21 +58,21 @@ impl Invalidations {
         !self.published.load(Ordering::Acquire).is_null()
     }
 
-    /// Whether `gfn` is being invalidated. The caller is inside a critical section.
+    /// Whether a frame of `range` is being invalidated. The caller is inside a critical section.
     #[inline]
-    pub(crate) fn covers(&self, as_id: AddressSpaceId, gfn: Gfn) -> bool {
+    pub(crate) fn overlaps(&self, as_id: AddressSpaceId, range: GfnRange) -> bool {
         // Acquire: pairs with the Release of `publish`; what is pointed to is complete.
         let ranges = self.published.load(Ordering::Acquire);
         if ranges.is_null() {
             false
         } else {
-            Self::covers_slow(ranges, as_id, gfn)
+            Self::overlaps_slow(ranges, as_id, range)
         }
     }
 
     #[cold]
     #[allow(unsafe_code)]
-    fn covers_slow(ranges: *const Ranges, as_id: AddressSpaceId, gfn: Gfn) -> bool {
+    fn overlaps_slow(ranges: *const Ranges, as_id: AddressSpaceId, wanted: GfnRange) -> bool {
         // UNSAFETY: a pointer read by RCU.
         // SAFETY: a replaced list is retired to the domain and the caller is inside a critical section that began before
         // the pointer was loaded, so it lives until that section ends.
@@ -80,7 +80,7 @@ impl Invalidations {
         ranges
             .0
             .iter()
-            .any(|(_, space, range)| *space == as_id && range.contains(gfn))
+            .any(|(_, space, range)| *space == as_id && range.overlaps(wanted))
     }
 
     /// Publishes the writer's list and returns the one that it replaces.

@@ -63,7 +63,7 @@ mod vcpu;
 use range::zap as range_zap;
 
 pub use entry::TablePage;
-pub use fault::{Fault, FaultError, MemoryFault, MemoryFaultReason, Outcome, RetryReason};
+pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 pub use host::{
     AddressSpaceId, FlushRequest, FrameSource, Host, Lookup, MAX_ADDRESS_SPACES, Mapping,
     OutOfFrames,

@@ -12,7 +12,7 @@
 //! Both run inside the same critical section, so a fault that took the fast path half way is no special case.
 
 use crate::entry::{self, EntryRef};
-use crate::fault::{Fault, MemoryFault, MemoryFaultReason, Outcome, RetryReason};
+use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
 use crate::slots::{Slot, SlotFlags};
@@ -110,12 +110,12 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Resolution<H::Backing> {
         let gfn = fault.gpa.gfn();
         if gfn >= self.ctx.root.limit() {
-            return Resolution::Done(self.ctx.memory_fault(fault, MemoryFaultReason::BeyondWidth));
+            return Resolution::Done(self.ctx.memory_fault(MemoryFault::BeyondWidth));
         }
         if self.ctx.root.is_obsolete() {
             return Resolution::Done(self.ctx.retry(RetryReason::RootObsolete));
         }
-        if self.ctx.shared.invalidations.covers(self.ctx.as_id, gfn) {
+        if self.ctx.is_invalidated(gfn, Level::L1) {
             return Resolution::Done(self.ctx.retry(RetryReason::Invalidation));
         }
         let Some(slot) = self.find_slot(section, gfn) else {
@@ -152,9 +152,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             (Lookup::Blocking, Some(slot)) => {
                 Resolution::Sleep(slot.clone(), self.ctx.shared.invalidations.sequence())
             }
-            (Lookup::Failed, _) => {
-                Resolution::Done(self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked))
-            }
+            (Lookup::Failed, _) => Resolution::Done(self.ctx.memory_fault(MemoryFault::NotBacked)),
             _ => Resolution::Done(self.ctx.retry(RetryReason::Backing)),
         }
     }
@@ -175,7 +173,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // INV: no-stale-install: an invalidation that is under way is seen by its range, one that has passed by the
         // sequence; a slot that was replaced is another one.
         let invalidations = &self.ctx.shared.invalidations;
-        if invalidations.covers(self.ctx.as_id, gfn) || invalidations.sequence() != sequence {
+        if self.ctx.is_invalidated(gfn, Level::L1) || invalidations.sequence() != sequence {
             return self.ctx.retry(RetryReason::Invalidation);
         }
         match self.ctx.shared.slots.find(section, self.ctx.as_id, gfn) {
@@ -187,7 +185,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
                 self.install_backed(fault, slept_on.flags(), goal, mapping)
             }
-            Lookup::Failed => self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked),
+            Lookup::Failed => self.ctx.memory_fault(MemoryFault::NotBacked),
             Lookup::Blocking | Lookup::Retry => self.ctx.retry(RetryReason::Backing),
         }
     }
@@ -208,9 +206,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             perms = perms.difference(Perms::WRITE);
         }
         if !perms.contains(fault.access.needs()) {
-            return self
-                .ctx
-                .memory_fault(fault, MemoryFaultReason::NotPermitted);
+            return self.ctx.memory_fault(MemoryFault::NotPermitted);
         }
         self.install_mapping(fault, goal, mapping, perms)
     }
@@ -224,10 +220,14 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         perms: Perms,
     ) -> Outcome {
         if !is_nameable(mapping.pfn) {
-            return self.ctx.memory_fault(fault, MemoryFaultReason::NotBacked);
+            return self.ctx.memory_fault(MemoryFault::NotBacked);
         }
         let gfn = fault.gpa.gfn();
-        let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
+        let mut goal = self.ctx.aligned(gfn, mapping.pfn, goal);
+        // INV: no-stale-install: a large leaf brings back no neighbour that is being invalidated.
+        while goal > Level::L1 && self.ctx.is_invalidated(gfn, goal) {
+            goal = goal.below_or_leaf();
+        }
         let attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
         let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
         let request = Request {
@@ -306,6 +306,13 @@ impl<F: Format, H: Host> Context<F, H> {
         goal
     }
 
+    /// Whether a frame of `gfn`'s block of `level` is being invalidated.
+    fn is_invalidated(&self, gfn: Gfn, level: Level) -> bool {
+        self.shared
+            .invalidations
+            .overlaps(self.as_id, level.range(gfn))
+    }
+
     #[cold]
     pub(crate) fn retry(&self, reason: RetryReason) -> Outcome {
         self.shard.add(reason.stat(), 1);
@@ -313,11 +320,8 @@ impl<F: Format, H: Host> Context<F, H> {
     }
 
     #[cold]
-    pub(crate) fn memory_fault(&self, fault: Fault, reason: MemoryFaultReason) -> Outcome {
+    pub(crate) fn memory_fault(&self, reason: MemoryFault) -> Outcome {
         self.shard.add(Stat::MemoryFault, 1);
-        Outcome::MemoryFault(MemoryFault {
-            access: fault.access,
-            reason,
-        })
+        Outcome::MemoryFault(reason)
     }
 }

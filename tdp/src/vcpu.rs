@@ -5,7 +5,7 @@
 //! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one.
 
-use crate::fault::{Fault, FaultError, MemoryFaultReason, Outcome, RetryReason};
+use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
 use crate::resolve::{Fast, Resolution};
@@ -151,7 +151,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// # Errors
     ///
     /// As [`fault`](Vcpu::fault).
-    #[inline]
+    #[inline(always)]
     pub fn map(
         &mut self,
         gfn: Gfn,
@@ -294,7 +294,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     /// # Errors
     ///
     /// As [`Vcpu::fault`].
-    #[inline]
+    #[inline(always)]
     pub fn map(
         &mut self,
         gfn: Gfn,
@@ -340,12 +340,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Outcome {
         let fault = Fault::new(gfn.address(), access);
         if gfn >= self.ctx.root.limit() {
-            return self.ctx.memory_fault(fault, MemoryFaultReason::BeyondWidth);
+            return self.ctx.memory_fault(MemoryFault::BeyondWidth);
         }
         if !mapping.perms.contains(access.needs()) {
-            return self
-                .ctx
-                .memory_fault(fault, MemoryFaultReason::NotPermitted);
+            return self.ctx.memory_fault(MemoryFault::NotPermitted);
         }
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);

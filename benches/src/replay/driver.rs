@@ -36,8 +36,6 @@ struct Cpu<F: Processor> {
     generation: u64,
     /// What the processor reported at the last access.
     reported: Option<FaultCode>,
-    /// The last access did not meet what it should have.
-    astray: bool,
 }
 
 /// The library with its vCPUs.
@@ -282,7 +280,6 @@ impl<F: Processor> Driver<F> {
                     tlb,
                     generation,
                     reported: None,
-                    astray: false,
                 })
             }
         };
@@ -322,8 +319,7 @@ impl<F: Processor> Driver<F> {
     fn access(&mut self, access: &GuestAccess) -> Result<(), Stop> {
         let (met, as_reported) = self.touch(access)?;
         let meant = Meets::reported(access.code);
-        let astray = met != access.meets || (meant == met && !as_reported);
-        if astray {
+        if met != access.meets || (meant == met && !as_reported) {
             let GuestAccess {
                 seq,
                 as_id,
@@ -332,13 +328,13 @@ impl<F: Processor> Driver<F> {
                 meets,
                 ..
             } = *access;
-            let expected = format!("{meets:?} for an access reported as {:#x}", code.0);
             let got = if met == meets {
                 "another report".to_owned()
             } else {
-                format!("{met:?}")
+                met.to_string()
             };
-            self.findings.note(Difference {
+            let expected = format!("{meets} for an access reported as {:#x}", code.0);
+            self.findings.differs(Difference {
                 seq,
                 as_id,
                 gfn: gpa >> 12,
@@ -347,7 +343,6 @@ impl<F: Processor> Driver<F> {
                 got,
             });
         }
-        self.cpu(Some(access.vcpu))?.0.astray = astray;
         Ok(())
     }
 
@@ -365,7 +360,6 @@ impl<F: Processor> Driver<F> {
         };
         let outcome = cpu.vcpu.fault(asked);
         mmu.host().prepare(None);
-        let astray = std::mem::take(&mut cpu.astray) && !fault.ahead;
         let outcome = outcome?;
 
         let leaf = expected.leaf_at(Space::normal(fault.as_id), gfn);
@@ -393,7 +387,7 @@ impl<F: Processor> Driver<F> {
         }
         let maps = self.maps(fault.seq, fault.as_id, gfn, leaf)?;
         let reached = maps && self.reaches(fault, leaf, expected)?;
-        let matched = as_recorded && reached && !astray;
+        let matched = as_recorded && reached;
         self.findings.fault(fault.recorded, fault.ahead, matched);
         if !maps {
             self.repair(fault.as_id, gfn, leaf, expected)?;
@@ -438,8 +432,8 @@ impl<F: Processor> Driver<F> {
         })?;
         if met != meets {
             let (expected, got) = (
-                format!("{meets:?} for the access made again"),
-                format!("{met:?}"),
+                format!("{meets} for the access made again"),
+                met.to_string(),
             );
             let level = leaf.map_or(1, |leaf| leaf.level);
             self.findings.note(Difference {

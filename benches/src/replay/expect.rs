@@ -357,12 +357,12 @@ impl Expected {
         });
     }
 
-    /// Whether `change` makes an entry at the top of a tree that has that entry already: it belongs to another root.
-    pub fn is_of_another_root(&self, space: Space, change: &Change) -> bool {
-        change.level == self.root_level
-            && is_gone(kind(change.old, change.level))
-            && !is_gone(kind(change.new, change.level))
-            && self.live.contains_key(&(space, change.gfn, change.level))
+    /// Whether a tree has any entry.
+    pub fn has_entries(&self, space: Space) -> bool {
+        self.live
+            .range((space, 0, 0)..=(space, u64::MAX, u8::MAX))
+            .next()
+            .is_some()
     }
 
     /// `thread` is done with what it took down: whatever is left of it should not be.

@@ -11,6 +11,7 @@ use super::step::{NotYet, Operation, Recorded};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 /// Differences of one scenario that are kept.
 const KEPT: usize = 100;
@@ -198,7 +199,7 @@ impl fmt::Display for Mapped {
 /// What the replay of one trace on one format found.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Findings {
-    /// Name of the scenario, after that of the folder that it is in.
+    /// Name of the scenario.
     pub name: String,
     /// The file.
     pub path: String,
@@ -243,6 +244,20 @@ pub struct Findings {
 }
 
 impl Findings {
+    /// Names trace and format: the same scenarios are recorded on several kernels, in folders of their own.
+    pub fn label(&self) -> String {
+        let folder = Path::new(&self.path)
+            .parent()
+            .and_then(Path::file_name)
+            .unwrap_or_default();
+        format!(
+            "{}/{} ({})",
+            folder.to_string_lossy(),
+            self.name,
+            self.format
+        )
+    }
+
     /// Notes a difference that belongs to a fault or an operation, which is counted by itself.
     pub fn note(&mut self, difference: Difference) {
         if self.differences.len() < KEPT {

@@ -106,7 +106,7 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     let scenario = source::scenario(path)?;
     let mut lines = source::Lines::open(path)?;
     let findings = Findings {
-        name: in_folder(path, &scenario.name),
+        name: scenario.name.clone(),
         path: path.display().to_string(),
         format: F::NAME.to_owned(),
         ..Findings::default()
@@ -147,15 +147,6 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     Ok(findings)
 }
 
-/// `name` after the name of the folder of `path`: the same scenarios are recorded on several kernels.
-fn in_folder(path: &Path, name: &str) -> String {
-    let folder = path.parent().and_then(Path::file_name);
-    folder.map_or_else(
-        || name.to_owned(),
-        |folder| format!("{}/{name}", folder.to_string_lossy()),
-    )
-}
-
 fn show(output: &Output, summary: &Summary) {
     let header = [
         "scenario",
@@ -169,7 +160,7 @@ fn show(output: &Output, summary: &Summary) {
         "ms",
     ];
     let rows = summary.scenarios.iter().map(|found| {
-        let name = format!("{} ({})", found.name, found.format);
+        let name = found.label();
         let figures = [
             found.faults,
             found.matched,
@@ -198,10 +189,7 @@ fn show(output: &Output, summary: &Summary) {
         .iter()
         .flat_map(|found| found.differences.iter().map(move |d| (found, d)));
     for (found, difference) in differences.take(PRINTED) {
-        output.say(format_args!(
-            "{} ({}): {difference}",
-            found.name, found.format
-        ));
+        output.say(format_args!("{}: {difference}", found.label()));
     }
 }
 

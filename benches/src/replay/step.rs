@@ -6,6 +6,7 @@ use super::scenario::Region;
 use super::spte::Leaf;
 use super::trace::SpaceRange;
 use serde::Serialize;
+use std::fmt;
 
 /// The processor's report of a nested page fault (APM volume 2, 15.25.6, EXITINFO1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,17 @@ impl Meets {
             code if code.is_reserved() => Self::Mmio,
             code if code.is_present() => Self::Forbidden,
             _ => Self::Nothing,
+        }
+    }
+}
+
+impl fmt::Display for Meets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Page { pfn } => write!(f, "the page at pfn {pfn:#x}"),
+            Self::Nothing => f.write_str("nothing mapped"),
+            Self::Forbidden => f.write_str("a page that forbids it"),
+            Self::Mmio => f.write_str("an MMIO entry"),
         }
     }
 }

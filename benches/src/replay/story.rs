@@ -60,6 +60,8 @@ struct Thread {
     sweeps: BTreeSet<NotYet>,
     nested_paging: bool,
     left_nested: bool,
+    /// It made a root for an address space that had one.
+    fresh_root: bool,
 }
 
 /// See the module.
@@ -72,8 +74,6 @@ pub struct Story {
     slots: HashMap<(u8, u32), Region>,
     stamps: Stamps,
     root_level: u8,
-    /// A root was made since one was last given up.
-    fresh_root: bool,
     seq: u64,
     steps: Vec<Step>,
     contradictions: u64,
@@ -93,7 +93,6 @@ impl Story {
             slots: HashMap::new(),
             stamps: Stamps::default(),
             root_level: 0,
-            fresh_root: false,
             seq: 0,
             steps: Vec::new(),
             contradictions: 0,
@@ -155,7 +154,8 @@ impl Story {
             Event::FastFault(fast) => self.fast_fault(t, fast),
             &Event::Root(level) if level > self.root_level => self.root(level),
             // Below a root of level 5, a table of level 4 is no root.
-            &Event::Root(level) => self.fresh_root |= level == self.root_level,
+            &Event::Root(level) if level == self.root_level => self.another_root(t),
+            Event::Root(_) => {}
             Event::ZapAllFast => {
                 self.close(t, End::Went);
                 self.zap_all(t);

@@ -30,53 +30,51 @@ fn a_record_has_its_lines_to_itself() {
     }
 }
 
-/// Store buffering: a section that announces itself and loads, against a retire side that stores, fences and looks.
-/// Returns in how many rounds both missed the other, which may be none.
-fn rounds_missed(mut reader: Reader, heavy: fn()) -> usize {
-    const ROUNDS: u64 = 20_000;
+/// Store buffering, at full speed: one thread enters sections and loads, the other stores, fences and looks at the word.
+/// Returns how often both missed the other, which may be never, and how often the first saw something new.
+fn both_missed(mut reader: Reader, heavy: fn()) -> (usize, usize) {
+    const UNLINKINGS: u64 = 20_000;
     let record = reader.record.clone();
     let unlinked = CachePadded::new(AtomicU64::new(0));
-    let turn = [(); 2].map(|()| CachePadded::new(AtomicU64::new(0)));
-    let meet = |me: usize, round: u64| {
-        turn[me].store(round, Ordering::Release);
-        let backoff = Backoff::new();
-        while turn[1 - me].load(Ordering::Acquire) < round {
-            backoff.snooze();
-        }
-    };
     thread::scope(|scope| {
         let walker = scope.spawn(|| {
-            let mut saw = Vec::with_capacity(ROUNDS as usize);
-            for round in 1..=ROUNDS {
-                meet(0, 3 * round);
+            // For each new value of `unlinked`: that value, and the word of the last section that did not see it.
+            let mut news = std::vec![(0, 0)];
+            let (mut last, mut seen) = (0, 0);
+            while seen < UNLINKINGS {
                 let section = reader.enter();
-                saw.push(unlinked.load(Ordering::Relaxed) == round);
-                meet(0, 3 * round + 1);
-                drop(section);
-                meet(0, 3 * round + 2);
+                let now = unlinked.load(Ordering::Relaxed);
+                if now != seen {
+                    news.push((now, last));
+                    seen = now;
+                }
+                last = section.inside;
             }
-            saw
+            news
         });
-        let mut saw = Vec::with_capacity(ROUNDS as usize);
-        for round in 1..=ROUNDS {
-            meet(1, 3 * round);
-            unlinked.store(round, Ordering::Relaxed);
-            heavy();
-            saw.push(record.inside().is_some());
-            meet(1, 3 * round + 1);
-            meet(1, 3 * round + 2);
-        }
-        let walker = walker.join().unwrap();
-        let both = walker.iter().zip(&saw);
-        both.filter(|(walker, retirer)| !**walker && !**retirer)
-            .count()
+        let looks: Vec<u64> = (1..=UNLINKINGS)
+            .map(|unlinking| {
+                unlinked.store(unlinking, Ordering::Relaxed);
+                heavy();
+                record.word.load(Ordering::Acquire)
+            })
+            .collect();
+        let news = walker.join().unwrap();
+        let mut news_of = news.iter().peekable();
+        let missed = (1..).zip(looks).filter(|&(unlinking, look)| {
+            while news_of.next_if(|(now, _)| *now < unlinking).is_some() {}
+            // The last section that missed this unlinking had a word that the look came too early for.
+            news_of.peek().is_some_and(|(_, last)| look < *last)
+        });
+        (missed.count(), news.len())
     })
 }
 
 /// The pair that this process uses: asymmetric where the system can.
 #[test]
 fn either_side_sees_the_other() {
-    assert_eq!(rounds_missed(reader().1, barrier::heavy), 0);
+    let (missed, met) = both_missed(reader().1, barrier::heavy);
+    assert_eq!(missed, 0, "of {met}");
 }
 
 /// The pair that works everywhere.
@@ -85,7 +83,8 @@ fn either_side_sees_the_other_by_fences_alone() {
     let (_home, mut reader) = reader();
     reader.asymmetric = false;
     let fence = || crate::sync::fence(Ordering::SeqCst);
-    assert_eq!(rounds_missed(reader, fence), 0);
+    let (missed, met) = both_missed(reader, fence);
+    assert_eq!(missed, 0, "of {met}");
 }
 
 #[test]

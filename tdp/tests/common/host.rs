@@ -101,7 +101,7 @@ pub(crate) enum BlockingAnswer {
     Fixed(Lookup),
 }
 
-type Hook = Box<dyn FnOnce() + Send>;
+pub(crate) type Hook = Box<dyn FnOnce() + Send>;
 
 /// What the host says and does from now on.
 #[derive(Default)]
@@ -109,6 +109,10 @@ pub(crate) struct Script {
     pub(crate) answer: Answer,
     /// Runs in the middle of the next look-up that may sleep: after the page was found, before it is answered.
     pub(crate) while_asleep: Option<Hook>,
+    /// Runs in the next look-up that may not sleep, before it is answered.
+    pub(crate) while_looking: Option<Hook>,
+    /// Runs in the next flush.
+    pub(crate) while_flushing: Option<Hook>,
     /// What backs a page that was moved, by where it was at first.
     pub(crate) moved: BTreeMap<u64, Pfn>,
     /// What the host permits.
@@ -191,13 +195,20 @@ impl Host for TestHost {
     }
 
     fn lookup(&self, slot: &Slot<Memory>, gfn: Gfn, _access: Access) -> Lookup {
-        let mut script = self.script();
-        script.lookups += 1;
-        match script.answer {
-            Answer::Page => Lookup::Mapped(script.mapping(slot, gfn)),
-            Answer::Fixed(lookup) => lookup,
-            Answer::Blocking(_) => Lookup::Blocking,
+        let (lookup, hook) = {
+            let mut script = self.script();
+            script.lookups += 1;
+            let lookup = match script.answer {
+                Answer::Page => Lookup::Mapped(script.mapping(slot, gfn)),
+                Answer::Fixed(lookup) => lookup,
+                Answer::Blocking(_) => Lookup::Blocking,
+            };
+            (lookup, script.while_looking.take())
+        };
+        if let Some(hook) = hook {
+            hook();
         }
+        lookup
     }
 
     fn lookup_blocking(&self, slot: &Slot<Memory>, gfn: Gfn, _access: Access) -> Lookup {
@@ -216,7 +227,14 @@ impl Host for TestHost {
     }
 
     fn flush(&self, request: &FlushRequest) {
-        self.script().flushes.push(*request);
+        let hook = {
+            let mut script = self.script();
+            script.flushes.push(*request);
+            script.while_flushing.take()
+        };
+        if let Some(hook) = hook {
+            hook();
+        }
         self.tlb.track(|_| {});
     }
 }

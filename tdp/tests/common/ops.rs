@@ -116,7 +116,7 @@ pub(crate) enum Op {
     Sweep {
         which: u8,
     },
-    /// Ends an invalidation. If it was swept, its pages get other host frames first.
+    /// Ends an invalidation; its pages get other host frames first.
     End {
         which: u8,
     },

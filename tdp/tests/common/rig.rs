@@ -3,11 +3,11 @@
 use super::host::{SharedPool, TestHost};
 use super::processor::{Processor, ProcessorSetup, Report, guest_access, perms};
 use tdp::{
-    Access, AdBits, Fault, Gfn, Gpa, Host, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder, Outcome,
-    Perms, Pfn, PoolConfig, TableMemory, TlbVcpu, Vcpu,
+    Access, AdBits, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
+    Outcome, Perms, Pfn, PoolConfig, Spte, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
-use tdp_arch::walker::{ReadOnly, WalkError, Walker};
+use tdp_arch::walker::{PhysicalMemory, ReadOnly, WalkError, Walker};
 
 /// First frame of the pools in tests.
 pub(crate) const POOL_BASE: Pfn = Pfn(0x1000);
@@ -158,6 +158,24 @@ impl<F: Processor> Rig<F> {
                 expected,
                 "{access:?} at {gfn}"
             );
+        }
+    }
+
+    /// The entry of `gfn` in its table of `level`, if there is one.
+    pub(crate) fn entry(&self, root: LoadedRoot, gfn: Gfn, level: Level) -> Option<Spte> {
+        let memory = TableMemory::new(self.frames());
+        let mut table = root.hpa;
+        let mut at = root.level;
+        loop {
+            let spte = Spte(memory.load(Hpa(table.0 + 8 * at.index(gfn) as u64))?);
+            if at == level {
+                return Some(spte);
+            }
+            if !F::is_table(spte) {
+                return None;
+            }
+            table = F::pfn(spte).address();
+            at = at.below()?;
         }
     }
 

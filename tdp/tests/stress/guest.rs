@@ -165,7 +165,7 @@ impl<F: Processor> Guest<F> {
             Ok(Outcome::Fixed { .. }) => self.counts.fixed += 1,
             Ok(Outcome::Retry(_)) => self.counts.retries += 1,
             Ok(_) => {}
-            Err(FaultError::OutOfFrames(_)) => self.starve(),
+            Err(FaultError::OutOfFrames) => self.starve(),
             Err(error) => panic!("{error}"),
         }
     }

@@ -1,11 +1,11 @@
 //! Changed entries: whose doing each was.
 
-use super::{NOBODY, Story, Thread};
+use super::{Story, Thread};
 use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
 use crate::replay::pending::{Conclusion, Guest};
 use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::{NotYet, Step};
+use crate::replay::step::NotYet;
 use crate::replay::trace::{Change, SpaceRange};
 
 impl Story {
@@ -24,7 +24,6 @@ impl Story {
                 Vec::new()
             };
         let nested = fault.is_some_and(|f| f.guest == Guest::NestedDirect);
-        self.give_up_root(nested, change);
         let Applied { place, from, to } = match self.expected.apply(t, nested, change) {
             Ok(applied) => applied,
             Err(contradiction) => {
@@ -111,27 +110,6 @@ impl Story {
     pub(super) fn sync_visible(&mut self, change: &Change) {
         if (change.old ^ change.new) & !spte::ACCESSED_DIRTY != 0 {
             self.sync(change.as_id, change.gfn, change.level);
-        }
-    }
-
-    /// Older kernels give a root up when a vCPU's mode changes, and take the old one down some time later.
-    pub(super) fn give_up_root(&mut self, nested: bool, change: &Change) {
-        let space = if nested {
-            Space::nested(change.as_id)
-        } else {
-            Space::normal(change.as_id)
-        };
-        if self.fresh_root && self.expected.is_of_another_root(space, change) {
-            self.fresh_root = false;
-            self.expected.detach_tree(NOBODY, space);
-            if !nested {
-                self.steps.push(Step::Sync(SpaceRange {
-                    as_id: change.as_id,
-                    start: 0,
-                    end: u64::MAX,
-                }));
-                self.steps.push(Step::NotYetOperation(NotYet::RootChange));
-            }
         }
     }
 

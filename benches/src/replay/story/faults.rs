@@ -1,11 +1,11 @@
 //! Faults, from the processor's report to their outcome.
 
-use super::{Story, Unmap};
+use super::{NOBODY, Story, Unmap};
 use crate::replay::expect::{Contradiction, Space, Wrong};
 use crate::replay::pending::{Conclusion, End, Guest, Pending, Requested};
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
 use crate::replay::step::{Code, GuestAccess, Meets, NotYet, Step};
-use crate::replay::trace::{Change, FastFault};
+use crate::replay::trace::{Change, FastFault, SpaceRange};
 
 impl Story {
     pub(super) fn page_fault(
@@ -43,10 +43,25 @@ impl Story {
             concluded: false,
         };
         thread.fault = Some(fault);
+        let fresh_root = std::mem::take(&mut thread.fresh_root);
         if guest == Guest::Ordinary {
+            if fresh_root {
+                self.give_up_root(as_id);
+            }
             self.settle(as_id, fault.gfn());
             self.access(t, previous, &fault, vcpu);
         }
+    }
+
+    /// Older kernels give a root up when a vCPU's mode changes, make a new one, and take the old one down at leisure.
+    fn give_up_root(&mut self, as_id: u8) {
+        self.expected.detach_tree(NOBODY, Space::normal(as_id));
+        self.steps.push(Step::Sync(SpaceRange {
+            as_id,
+            start: 0,
+            end: u64::MAX,
+        }));
+        self.steps.push(Step::NotYetOperation(NotYet::RootChange));
     }
 
     /// The access that faulted, before anything is done about it.

@@ -88,6 +88,13 @@ impl Story {
         region
     }
 
+    /// `t` made a root table, where there may be one already: for a nested guest, or to use in its place.
+    pub(super) fn another_root(&mut self, t: u32) {
+        let vcpu = self.thread(t).vcpu;
+        let space = Space::normal(self.space_of(vcpu));
+        self.thread(t).fresh_root = self.expected.has_entries(space);
+    }
+
     pub(super) fn zap_all(&mut self, t: u32) {
         self.begin_slot_change(t);
         self.expected.detach_all(t);

@@ -415,16 +415,23 @@ impl<'m, F: Processor> Run<'m, F> {
             let expected = self.each_tree(space, |tree| tree.zap_leaves(range));
             assert_eq!(leaves, expected.leaves, "invalidation of {range}");
         } else {
-            let ended = self.running.swap_remove(at);
-            match ended.flushed {
-                Some(flushed) => {
-                    self.move_pages(space, range);
-                    ended.guard.end(flushed);
-                }
-                None => drop(ended.guard),
-            }
+            self.end_invalidation(at);
         }
         range.start
+    }
+
+    /// Its pages get other host frames, then it ends: with the proof of a flush, or by being dropped, when it sweeps by
+    /// itself.
+    fn end_invalidation(&mut self, at: usize) {
+        let ended = self.running.swap_remove(at);
+        self.move_pages(ended.space, ended.range);
+        match ended.flushed {
+            Some(flushed) => ended.guard.end(flushed),
+            None => {
+                drop(ended.guard);
+                self.each_tree(ended.space, |tree| tree.zap_leaves(ended.range));
+            }
+        }
     }
 
     fn is_given_away(&self, pfn: Pfn) -> bool {
@@ -444,7 +451,9 @@ impl<'m, F: Processor> Run<'m, F> {
     fn finish(mut self) {
         self.rig.frames().starve(false);
         self.held.clear();
-        self.running.clear();
+        while !self.running.is_empty() {
+            self.end_invalidation(0);
+        }
         self.finish_teardowns();
         self.verify(Gfn(0));
         self.rig.mmu.synchronize();

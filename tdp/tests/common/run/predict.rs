@@ -6,8 +6,8 @@ use crate::common::host::{Answer, BlockingAnswer};
 use crate::common::processor::{Processor, Report};
 use crate::common::rig::Touched;
 use tdp::{
-    Access, AdBits, Fault, FaultError, Gfn, Gpa, Level, Lookup, Mapping, MemoryFault,
-    MemoryFaultReason, Outcome, Perms, Pfn, RetryReason, SlotFlags,
+    Access, AdBits, Fault, FaultError, Gfn, Gpa, Level, Lookup, Mapping, MemoryFault, Outcome,
+    Perms, Pfn, RetryReason, SlotFlags,
 };
 
 /// A mapping that passed every check.
@@ -104,14 +104,8 @@ impl<F: Processor> Run<'_, F> {
     fn predict(&mut self, n: usize, fault: Fault, batch: bool, seen: Outcome) -> Outcome {
         let gfn = fault.gpa.gfn();
         let space = self.runners[n].space;
-        let memory_fault = |reason| {
-            Outcome::MemoryFault(MemoryFault {
-                access: fault.access,
-                reason,
-            })
-        };
         if gfn >= self.rig.setup.root_level.gfn_limit() {
-            return memory_fault(MemoryFaultReason::BeyondWidth);
+            return Outcome::MemoryFault(MemoryFault::BeyondWidth);
         }
         if self.is_obsolete(n) {
             return Outcome::Retry(RetryReason::RootObsolete);
@@ -129,7 +123,7 @@ impl<F: Processor> Run<'_, F> {
             Answer::Page | Answer::Blocking(BlockingAnswer::Page) => None,
         };
         match lookup {
-            Some(Lookup::Failed) => return memory_fault(MemoryFaultReason::NotBacked),
+            Some(Lookup::Failed) => return Outcome::MemoryFault(MemoryFault::NotBacked),
             Some(_) => return Outcome::Retry(RetryReason::Backing),
             None => {}
         }
@@ -141,7 +135,7 @@ impl<F: Processor> Run<'_, F> {
             allowed = allowed.difference(Perms::WRITE);
         }
         if !allowed.contains(fault.access.needs()) {
-            return memory_fault(MemoryFaultReason::NotPermitted);
+            return Outcome::MemoryFault(MemoryFault::NotPermitted);
         }
         let mut backed = self.backed(slot, gfn, fault.max_level, allowed);
         // Frames under invalidation may not come back in by way of a large leaf. How that is prevented is the MMU's
@@ -185,17 +179,14 @@ impl<F: Processor> Run<'_, F> {
     fn predict_map(&mut self, n: usize, fault: Fault, mapping: Mapping) -> Outcome {
         let gfn = fault.gpa.gfn();
         let reason = if gfn >= self.rig.setup.root_level.gfn_limit() {
-            Some(MemoryFaultReason::BeyondWidth)
+            Some(MemoryFault::BeyondWidth)
         } else if !mapping.perms.contains(fault.access.needs()) {
-            Some(MemoryFaultReason::NotPermitted)
+            Some(MemoryFault::NotPermitted)
         } else {
             None
         };
         if let Some(reason) = reason {
-            return Outcome::MemoryFault(MemoryFault {
-                access: fault.access,
-                reason,
-            });
+            return Outcome::MemoryFault(reason);
         }
         if self.is_obsolete(n) {
             return Outcome::Retry(RetryReason::RootObsolete);

@@ -1,0 +1,279 @@
+//! Memory slots: what is refused, what a change takes away, two address spaces.
+
+use crate::common::host::{Memory, TestHost};
+use crate::common::processor::{Processor, Report};
+use crate::common::rig::{Rig, RigSetup};
+use tdp::{
+    Access, AddressSpaceId, Fault, Gfn, GfnRange, Gpa, Level, MmuError, Outcome, Perms, Pfn,
+    RetryReason, Slot, SlotError, SlotFlags, SlotId, Slots,
+};
+
+const SPACE: AddressSpaceId = AddressSpaceId(0);
+const OTHER: AddressSpaceId = AddressSpaceId(1);
+const BASE: u64 = 1 << 20;
+
+fn memory() -> Memory {
+    Memory::new(Pfn(BASE), Level::L1)
+}
+
+fn gfns(start: u64, end: u64) -> GfnRange {
+    GfnRange {
+        start: Gfn(start),
+        end: Gfn(end),
+    }
+}
+
+fn slot(start: u64, end: u64) -> Slot<Memory> {
+    Slot::new(gfns(start, end), memory())
+}
+
+fn fixed() -> Result<Outcome, tdp::FaultError> {
+    Ok(Outcome::Fixed { level: Level::L1 })
+}
+
+/// Ranges of all slots of a space, in order.
+fn ranges<F: Processor>(slots: &Slots<'_, F, TestHost>, as_id: AddressSpaceId) -> Vec<GfnRange> {
+    slots.list(as_id).iter().map(|slot| slot.gfns()).collect()
+}
+
+both_formats! {
+    /// Every slot that cannot be is refused with its reason, and nothing changes.
+    fn impossible_slots_are_refused<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let limit = Level::L4.gfn_limit();
+        assert_eq!(slots.addressable(), gfns(0, limit.0));
+        let first = slots.insert(slot(0x100, 0x200)).expect("the first slot");
+        let with_id = slot(0x800, 0x900).with_id(SlotId(70));
+        assert_eq!(slots.insert(with_id), Ok(SlotId(70)));
+        let generation = slots.generation();
+        let overlap = |start, end| SlotError::Overlap {
+            gfns: gfns(start, end),
+            other: first,
+            other_gfns: gfns(0x100, 0x200),
+        };
+        let nowhere = AddressSpaceId(2);
+        let refused = [
+            (slot(5, 5), SlotError::Empty { gfns: gfns(5, 5) }),
+            (slot(9, 5), SlotError::Empty { gfns: gfns(9, 5) }),
+            (
+                slot(limit.0 - 1, limit.0 + 1),
+                SlotError::BeyondWidth { gfns: gfns(limit.0 - 1, limit.0 + 1), limit },
+            ),
+            (slot(0, 0x101), overlap(0, 0x101)),
+            (slot(0x1ff, 0x300), overlap(0x1ff, 0x300)),
+            (slot(0x150, 0x160), overlap(0x150, 0x160)),
+            (slot(0, 0x300), overlap(0, 0x300)),
+            (slot(0, 1).with_id(first), SlotError::IdInUse { id: first }),
+            (slot(0, 1).in_space(nowhere), SlotError::NoSuchSpace { as_id: nowhere }),
+        ];
+        for (slot, error) in refused {
+            assert_eq!(slots.insert(slot), Err(error), "{error}");
+        }
+        let no_such = |id| Err(SlotError::NoSuchSlot { as_id: SPACE, id });
+        assert_eq!(slots.remove(SPACE, SlotId(9)), no_such(SlotId(9)));
+        assert_eq!(slots.move_to(SPACE, SlotId(9), Gfn(0)), no_such(SlotId(9)));
+        assert_eq!(slots.set_flags(SPACE, SlotId(9), SlotFlags::empty()), no_such(SlotId(9)));
+        assert!(slots.remove(nowhere, first).is_err());
+        assert_eq!(
+            slots.move_to(SPACE, SlotId(70), Gfn(0x180)),
+            Err(overlap(0x180, 0x280))
+        );
+        assert_eq!(
+            slots.move_to(SPACE, first, Gfn(limit.0 - 1)),
+            Err(SlotError::BeyondWidth { gfns: gfns(limit.0 - 1, limit.0 + 0xff), limit })
+        );
+        assert!(slots.move_to(SPACE, first, Gfn(u64::MAX)).is_err());
+        assert_eq!(slots.generation(), generation);
+        assert_eq!(ranges(&slots, SPACE), [gfns(0x100, 0x200), gfns(0x800, 0x900)]);
+        // Neighbours do not overlap.
+        assert!(slots.insert(slot(0, 0x100)).is_ok());
+        assert!(slots.insert(slot(0x200, 0x800)).is_ok());
+        assert!(slots.insert(slot(limit.0 - 1, limit.0)).is_ok());
+        assert_eq!(ranges(&slots, SPACE).len(), 5);
+    }
+
+    /// Slots are found by frame and by id, and say what they were made with.
+    fn slots_are_found<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let made = slot(0x100, 0x200).with_id(SlotId(7)).with_flags(SlotFlags::LOG_DIRTY);
+        slots.insert(made).expect("the first slot");
+        for gfn in [0x100, 0x1ff] {
+            let found = slots.find(SPACE, Gfn(gfn)).expect("it is in there");
+            assert_eq!((found.id(), found.as_id()), (SlotId(7), SPACE));
+            assert_eq!((found.gfns(), found.offset(Gfn(gfn))), (gfns(0x100, 0x200), gfn - 0x100));
+            assert_eq!((found.flags(), *found.backing()), (SlotFlags::LOG_DIRTY, memory()));
+        }
+        for gfn in [0, 0xff, 0x200, u64::MAX] {
+            assert!(slots.find(SPACE, Gfn(gfn)).is_none());
+        }
+        assert!(slots.by_id(SPACE, SlotId(7)).is_some());
+        assert!(slots.by_id(OTHER, SlotId(7)).is_none());
+        assert!(slots.find(AddressSpaceId(200), Gfn(0x100)).is_none());
+    }
+
+    /// A removed slot maps nothing, was flushed, and its frames have no memory.
+    fn a_removed_slot_is_gone<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        slots.insert(slot(0x200, 0x400)).expect("the place is free");
+        let mut cpu = rig.processor(rig.vcpu());
+        for gfn in [0x1ff, 0x200] {
+            assert!(cpu.run(Gfn(gfn).address(), Access::Write).is_ok());
+        }
+        slots.remove(SPACE, id).expect("it is there");
+        let flushed = rig.host().take_flushes();
+        assert_eq!(flushed.len(), 1);
+        assert_eq!((flushed[0].as_id, flushed[0].range), (SPACE, gfns(0x1ff, 0x200)));
+        assert_eq!(cpu.touch(Gfn(0x1ff).address(), Access::Read).result, Err(Report::Absent));
+        rig.assert_absent(&mut cpu.vcpu, Gfn(0x1ff), Report::Absent);
+        rig.assert_maps(&mut cpu.vcpu, Gfn(0x200), Pfn(BASE), Level::L1, Perms::RWX);
+        let gpa = Gfn(0x1ff).address();
+        assert_eq!(
+            cpu.run(gpa, Access::Read),
+            Err(Outcome::Mmio { read_only: false })
+        );
+        assert_eq!(ranges(&slots, SPACE), [gfns(0x200, 0x400)]);
+    }
+
+    /// A moved slot is mapped at its new place only, with the same backing.
+    fn a_moved_slot_is_elsewhere<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        let mut cpu = rig.processor(rig.vcpu());
+        assert!(cpu.run(Gfn(3).address(), Access::Write).is_ok());
+        // It may overlap itself.
+        slots.move_to(SPACE, id, Gfn(0x100)).expect("only itself is there");
+        assert_eq!(cpu.touch(Gfn(3).address(), Access::Write).result, Err(Report::Absent));
+        let gpa = Gfn(3).address();
+        assert!(cpu.run(gpa, Access::Write).is_err());
+        let found = cpu.run(Gfn(0x103).address(), Access::Write).expect("it is here now");
+        assert_eq!(found.pfn, Pfn(BASE + 3));
+        assert_eq!(slots.by_id(SPACE, id).map(|slot| slot.gfns()), Some(gfns(0x100, 0x300)));
+    }
+
+    /// Making a slot read-only takes the write permission away from every vCPU; making it writable gives it back.
+    fn read_only_can_be_turned_on_and_off<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        let mut cpu = rig.processor(rig.vcpu());
+        let gpa = Gpa(0x3000);
+        assert!(cpu.run(gpa, Access::Write).is_ok());
+        slots.set_flags(SPACE, id, SlotFlags::READ_ONLY).expect("it is there");
+        assert_eq!(
+            cpu.run(gpa, Access::Write),
+            Err(Outcome::Mmio { read_only: true })
+        );
+        assert!(cpu.run(gpa, Access::Read).is_ok());
+        rig.assert_maps(&mut cpu.vcpu, Gfn(3), Pfn(BASE + 3), Level::L1, Perms::RX);
+        slots.set_flags(SPACE, id, SlotFlags::empty()).expect("it is there");
+        assert!(cpu.run(gpa, Access::Write).is_ok());
+        rig.assert_maps(&mut cpu.vcpu, Gfn(3), Pfn(BASE + 3), Level::L1, Perms::RWX);
+    }
+
+    /// Logging writes needs nothing taken away now; new leaves are small.
+    fn dirty_logging_makes_new_leaves_small<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let large = Slot::new(gfns(0, 0x400), Memory::new(Pfn(BASE), Level::L2));
+        let id = slots.insert(large).expect("the first slot");
+        let mut vcpu = rig.vcpu();
+        assert_eq!(vcpu.fault(Fault::read(Gpa(0))), Ok(Outcome::Fixed { level: Level::L2 }));
+        let generation = slots.generation();
+        slots.set_flags(SPACE, id, SlotFlags::LOG_DIRTY).expect("it is there");
+        assert_ne!(slots.generation(), generation);
+        assert_eq!(rig.host().take_flushes(), []);
+        assert_eq!(vcpu.fault(Fault::read(Gfn(0x200).address())), fixed());
+        assert_eq!(rig.mmu.stats().pages, [1, 1, 0]);
+    }
+
+    /// A vCPU that used a slot last is not misled by what comes after it.
+    fn the_slot_used_last_is_not_trusted_for_long<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let mut vcpu = rig.vcpu();
+        for round in 0..4 {
+            let backing = Memory::new(Pfn(BASE * (round + 1)), Level::L1);
+            let id = slots.insert(Slot::new(gfns(0, 8), backing)).expect("the place is free");
+            assert_eq!(vcpu.fault(Fault::read(Gpa(0))), fixed());
+            assert_eq!(vcpu.fault(Fault::read(Gpa(0x1000))), fixed());
+            let pfn = Pfn(BASE * (round + 1) + 1);
+            rig.assert_maps(&mut vcpu, Gfn(1), pfn, Level::L1, Perms::RWX);
+            slots.remove(SPACE, id).expect("it is there");
+            let outcome = vcpu.fault(Fault::read(Gpa(0)));
+            assert!(matches!(outcome, Ok(Outcome::Mmio { .. })), "{outcome:?}");
+        }
+    }
+
+    /// While a slot is being changed, faults on it are to be tried again; others are not held up.
+    fn faults_on_a_changing_slot_retry<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 8)).expect("the first slot");
+        slots.insert(slot(8, 16)).expect("the place is free");
+        let mut vcpu = rig.vcpu();
+        assert_eq!(vcpu.fault(Fault::read(Gpa(0))), fixed());
+        let mut other = rig.vcpu();
+        rig.host().script().while_flushing = Some(Box::new(move || {
+            for _ in 0..2 {
+                let retry = Outcome::Retry(RetryReason::SlotChanging);
+                assert_eq!(other.fault(Fault::read(Gpa(0x1000))), Ok(retry));
+                let mut batch = other.batch().expect("there are frames");
+                assert_eq!(batch.fault(Fault::read(Gpa(0x1000))), Ok(retry));
+            }
+            assert_eq!(other.fault(Fault::read(Gpa(0x8000))), fixed());
+        }));
+        slots.remove(SPACE, id).expect("it is there");
+        let at = RetryReason::ALL.iter().position(|&r| r == RetryReason::SlotChanging);
+        assert_eq!(rig.mmu.stats().retries[at.expect("it is listed")], 4);
+        rig.assert_absent(&mut vcpu, Gfn(1), Report::Absent);
+        rig.assert_maps(&mut vcpu, Gfn(8), Pfn(BASE), Level::L1, Perms::RWX);
+    }
+
+    /// Two address spaces share nothing but the MMU.
+    fn address_spaces_are_apart<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let first = slots.insert(slot(0, 8)).expect("the first slot");
+        let other = Slot::new(gfns(0, 8), Memory::new(Pfn(2 * BASE), Level::L1)).in_space(OTHER);
+        assert_eq!(slots.insert(other), Ok(first), "ids are each space's own");
+        let mut normal = rig.vcpu();
+        let mut smm = rig.vcpu();
+        let root = smm.set_address_space(OTHER).expect("it exists");
+        assert_eq!(smm.address_space(), OTHER);
+        assert_ne!(root.hpa, normal.load_root().expect("the root is there").hpa);
+        assert_eq!(normal.fault(Fault::read(Gpa(0))), fixed());
+        assert_eq!(smm.fault(Fault::read(Gpa(0x1000))), fixed());
+        rig.assert_maps(&mut normal, Gfn(0), Pfn(BASE), Level::L1, Perms::RWX);
+        rig.assert_absent(&mut normal, Gfn(1), Report::Absent);
+        rig.assert_maps(&mut smm, Gfn(1), Pfn(2 * BASE + 1), Level::L1, Perms::RWX);
+        rig.assert_absent(&mut smm, Gfn(0), Report::Absent);
+        // A sweep, an invalidation, a removal in one leaves the other alone.
+        assert_eq!(rig.mmu.zap(OTHER, gfns(0, 1)).leaves(), 0);
+        let invalidation = rig.mmu.invalidate_begin(OTHER, gfns(2, 8));
+        assert_eq!(normal.fault(Fault::read(Gpa(0x2000))), fixed());
+        drop(invalidation);
+        slots.remove(SPACE, first).expect("it is there");
+        rig.assert_maps(&mut smm, Gfn(1), Pfn(2 * BASE + 1), Level::L1, Perms::RWX);
+        // Back again.
+        smm.set_address_space(SPACE).expect("it exists");
+        let outcome = smm.fault(Fault::read(Gpa(0x1000)));
+        assert!(matches!(outcome, Ok(Outcome::Mmio { .. })), "{outcome:?}");
+        let nowhere = AddressSpaceId(2);
+        assert_eq!(smm.set_address_space(nowhere), Err(MmuError::NoSuchSpace(nowhere)));
+        assert_eq!(smm.address_space(), SPACE, "it stays where it was");
+    }
+
+    /// An MMU with one address space has no second one.
+    fn there_are_as_many_spaces_as_asked_for<F>() {
+        let rig = Rig::<F>::with(RigSetup { address_spaces: 1, ..RigSetup::default() });
+        let refused = rig.mmu.slots().insert(slot(0, 8).in_space(OTHER));
+        assert_eq!(refused, Err(SlotError::NoSuchSpace { as_id: OTHER }));
+        let mut vcpu = rig.vcpu();
+        assert_eq!(vcpu.set_address_space(OTHER), Err(MmuError::NoSuchSpace(OTHER)));
+    }
+}
