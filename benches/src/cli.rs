@@ -6,7 +6,8 @@
 use crate::report::{Error, Output};
 use crate::{demand_paging, replay};
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -17,9 +18,9 @@ Figures are nanoseconds per operation unless they say otherwise. They differ bet
 contenders measured in one run carry over.
 
 Examples:
-  tdp-bench demand-paging                                   a first look, a few seconds
+  tdp-bench demand-paging                                   a first look, a few seconds, and a Linux boot replayed
   tdp-bench demand-paging -v 2 -b 1G -f both --json out.json
-  tdp-bench replay traces/linux-boot.zst";
+  tdp-bench replay benches/testdata";
 
 #[derive(Debug, Parser)]
 #[command(name = "tdp-bench", version, about = "Benchmarks of the tdp lock-free two-dimensional-paging MMU", after_help = AFTER_HELP)]
@@ -56,9 +57,9 @@ pub fn main() -> ExitCode {
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let parsed = Cli::command()
         .try_get_matches_from(args)
-        .and_then(|matches| Cli::from_arg_matches(&matches));
-    let cli = match parsed {
-        Ok(cli) => cli,
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, is_demo(&matches))));
+    let (cli, demo) = match parsed {
+        Ok(parsed) => parsed,
         Err(error)
             if matches!(
                 error.kind(),
@@ -71,11 +72,24 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         Err(error) => return fail(&Error::Usage(one_line(&error))),
     };
-    let outcome = Output::new(cli.json.as_deref()).and_then(|output| cli.scenario.run(&output));
+    let outcome = Output::new(cli.json.as_deref()).and_then(|output| {
+        cli.scenario.run(&output)?;
+        if demo { replay::demo(&output) } else { Ok(()) }
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
+}
+
+/// Whether the command line is `demand-paging` and nothing else: a first look, which shows a real guest as well.
+fn is_demo(matches: &ArgMatches) -> bool {
+    matches.subcommand().is_some_and(|(name, scenario)| {
+        name == "demand-paging"
+            && scenario
+                .ids()
+                .all(|id| scenario.value_source(id.as_str()) != Some(ValueSource::CommandLine))
+    })
 }
 
 fn fail(error: &Error) -> ExitCode {

@@ -244,17 +244,17 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         &self,
         vcpu: &mut Vcpu<F, BenchHost>,
         gfn: Gfn,
-        mut outcome: Outcome,
+        mut outcome: Result<Outcome, FaultError>,
     ) -> Result<(), OurFailure> {
         for _ in 0..RETRIES {
-            match outcome {
+            match outcome? {
                 Outcome::Fixed { .. } | Outcome::Spurious => return Ok(()),
                 Outcome::Retry(_) => std::hint::spin_loop(),
                 _ => break,
             }
-            outcome = O::perform(vcpu, gfn, &self.setup)?;
+            outcome = O::perform(vcpu, gfn, &self.setup);
         }
-        Err(OurFailure::Outcome(outcome))
+        Err(OurFailure::Outcome(outcome?))
     }
 
     /// Its MMU.
@@ -273,8 +273,8 @@ impl<F: Walked, O: Operation> Contender for Ours<F, O> {
 
     #[inline(always)]
     fn resolve(&self, vcpu: &mut Self::Worker, gfn: Gfn) -> Result<(), OurFailure> {
-        match O::perform(vcpu, gfn, &self.setup)? {
-            Outcome::Fixed { .. } | Outcome::Spurious => Ok(()),
+        match O::perform(vcpu, gfn, &self.setup) {
+            Ok(Outcome::Fixed { .. } | Outcome::Spurious) => Ok(()),
             other => self.resolve_slowly(vcpu, gfn, other),
         }
     }

@@ -132,7 +132,8 @@ fn a_path_that_is_no_trace_is_named() {
 
 #[test]
 fn a_broken_line_is_named_with_its_file() {
-    let cases: [(&str, fn(&mut String), &str); 6] = [
+    type Change = fn(&mut String);
+    let cases: [(&str, Change, &str); 6] = [
         (
             "cut",
             |line| line.truncate(line.len() / 2),
@@ -397,7 +398,7 @@ fn a_write_to_a_read_only_slot_is_emulated() {
     );
 }
 
-/// Before Linux 6.10 a root that lost its last user was taken down by a worker, whenever that got to it.
+/// A vCPU that makes a root where there is one uses the new one; the old one may be taken down by anybody, later.
 #[test]
 fn a_root_may_be_given_up_for_a_new_one() {
     let tables = [4, 3, 2].map(|level| changed(0, level, 0, NONE, 0x1_8905_1827));

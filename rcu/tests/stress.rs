@@ -6,6 +6,7 @@
 #![cfg(all(feature = "std", not(loom)))]
 
 use std::mem;
+use std::sync::Barrier;
 use std::thread;
 
 use tdp_rcu::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering};
@@ -15,7 +16,8 @@ const SLOTS: usize = 8;
 const OBJECTS: usize = 64;
 const BOUND: usize = 4;
 const RETIRERS: usize = 2;
-const SWAPS: u64 = 2_500;
+const SWAPS: u64 = 1_500;
+const WALKERS: usize = 4;
 
 struct World {
     /// Object in the low half, its stamp in the high one.
@@ -66,11 +68,13 @@ fn no_reader_sees_a_freed_object() {
     let domain = Domain::new(DomainConfig { bound: BOUND });
     let done = AtomicBool::new(false);
     let walks = AtomicUsize::new(0);
+    let start = Barrier::new(RETIRERS + WALKERS);
     thread::scope(|scope| {
         let retirers: Vec<_> = (0..RETIRERS)
             .map(|me| {
-                let (world, domain) = (&world, &domain);
+                let (world, domain, start) = (&world, &domain, &start);
                 scope.spawn(move || {
+                    start.wait();
                     for swap in 0..SWAPS {
                         // What an allocator does: past the bound, or out of objects, it drives.
                         while domain.is_over_bound() {
@@ -85,12 +89,15 @@ fn no_reader_sees_a_freed_object() {
                         let at = (swap as usize + me * 3) % SLOTS;
                         let old = world.slots[at].swap(link, Ordering::AcqRel);
                         domain.retire(Garbage(world.clone(), old as u32 as usize), 1);
+                        thread::yield_now();
                     }
                 })
             })
             .collect();
+        // They yield outside, or on few cores most of a grace period is the wait for a time slice.
         // A vCPU that repins, one that forgets sections, one that is replaced all the time, and a sweep.
         scope.spawn(|| {
+            start.wait();
             let mut reader = domain.reader();
             let mut at = 0;
             while !done.load(Ordering::Relaxed) {
@@ -100,10 +107,13 @@ fn no_reader_sees_a_freed_object() {
                     section.repin();
                     at += 1;
                 }
+                drop(section);
+                thread::yield_now();
             }
             walks.fetch_add(at, Ordering::Relaxed);
         });
         scope.spawn(|| {
+            start.wait();
             let mut reader = domain.reader();
             let mut at = 0;
             while !done.load(Ordering::Relaxed) {
@@ -111,12 +121,16 @@ fn no_reader_sees_a_freed_object() {
                 world.walk(at);
                 if at % 7 == 0 {
                     mem::forget(section);
+                } else {
+                    drop(section);
+                    thread::yield_now();
                 }
                 at += 1;
             }
             walks.fetch_add(at, Ordering::Relaxed);
         });
         scope.spawn(|| {
+            start.wait();
             let mut at = 0;
             while !done.load(Ordering::Relaxed) {
                 let mut reader = domain.reader();
@@ -127,10 +141,13 @@ fn no_reader_sees_a_freed_object() {
                     at += 1;
                 }
                 mem::forget(reader.enter());
+                drop(reader);
+                thread::yield_now();
             }
             walks.fetch_add(at, Ordering::Relaxed);
         });
         scope.spawn(|| {
+            start.wait();
             let mut at = 0;
             while !done.load(Ordering::Relaxed) {
                 let mut visit = domain.visit();
@@ -140,6 +157,8 @@ fn no_reader_sees_a_freed_object() {
                     world.walk(at + 1);
                     at += 1;
                 }
+                drop(visit);
+                thread::yield_now();
             }
             walks.fetch_add(at, Ordering::Relaxed);
         });
@@ -152,6 +171,7 @@ fn no_reader_sees_a_freed_object() {
     assert!(domain.drain(16));
     let counters = domain.counters();
     println!("{} walks, {counters:?}", walks.load(Ordering::Relaxed));
+    assert!(walks.load(Ordering::Relaxed) > 1_000, "nobody walked");
     assert_eq!(
         world.stale.load(Ordering::Relaxed),
         0,

@@ -47,6 +47,8 @@ mod layout;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;
+#[cfg(feature = "std")]
+pub mod protected;
 mod range;
 mod reclaim;
 mod resolve;

@@ -124,6 +124,11 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if slot.changing {
             return Resolution::Done(self.ctx.retry(RetryReason::SlotChanging));
         }
+        if fault.access.is_write() && slot.flags().contains(SlotFlags::READ_ONLY) {
+            // Whatever the backing would say.
+            self.ctx.shard.add(Stat::Mmio, 1);
+            return Resolution::Done(Outcome::Mmio { read_only: true });
+        }
         let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
         if let Lookup::Mapped(mapping) = lookup {
             let (flags, goal) = (
@@ -199,10 +204,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Outcome {
         let mut perms = mapping.perms;
         if flags.contains(SlotFlags::READ_ONLY) {
-            if fault.access.is_write() {
-                self.ctx.shard.add(Stat::Mmio, 1);
-                return Outcome::Mmio { read_only: true };
-            }
             perms = perms.difference(Perms::WRITE);
         }
         if !perms.contains(fault.access.needs()) {

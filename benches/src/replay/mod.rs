@@ -96,6 +96,29 @@ pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
     verdict(&summary)
 }
 
+/// Faults of a boot that the demonstration replays.
+const DEMO_FAULTS: NonZeroU64 = NonZeroU64::new(10_000).unwrap();
+
+/// Replays the Linux boots that come with the sources, if these are still where the program was built.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn demo(output: &Output) -> Result<(), Error> {
+    let boots = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/kvm-boot"));
+    if !boots.is_dir() {
+        output.say("Replay of a Linux boot: skipped, the recordings that come with the sources are not here");
+        return Ok(());
+    }
+    output.say("\nThe page faults of Linux guests that boot under KVM, replayed:");
+    let args = Args {
+        paths: vec![boots.to_owned()],
+        limit_faults: Some(DEMO_FAULTS),
+        format: FormatChoice::Npt,
+    };
+    run(&args, output)
+}
+
 /// Replays one trace on one format, up to `limit` faults.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! Protocol. [`Story::feed`] takes the lines in order; after each, [`Story::take_steps`] gives what is to be done,
 //! with [`Story::expected`] standing as after that line. An input of the host (slots, invalidations) becomes a step at
-//! the point of the trace where its effect begins; a fault where its effect shows ([`Pending`]); and what the library
+//! the point of the trace where its effect begins; a fault where its effect shows (`pending`); and what the library
 //! has no operation for yet is counted as such and copied from the record ([`Step::Sync`]), so that what follows stays
 //! comparable. Nothing is decided by the name of a file or of a task.
 
@@ -23,8 +23,8 @@ mod inputs;
 const COMPARE_EVERY: u32 = 4096;
 /// Contradictions after which a trace is given up.
 const MAX_CONTRADICTIONS: u64 = 10_000;
-/// Entries that the recorded tables may have at a time: those of 64 GiB in 4 KiB pages.
-const MAX_ENTRIES: usize = 1 << 24;
+/// Entries that the recorded tables may have at a time: those of 32 GiB in 4 KiB pages.
+const MAX_ENTRIES: usize = 1 << 23;
 /// A thread that no trace has.
 const NOBODY: u32 = u32::MAX;
 

@@ -1,6 +1,6 @@
 //! Faults against faults.
 
-use crate::world::{A, B, TestHost, World, explore, settled};
+use crate::world::{A, B, FIRST, SPACE, TestHost, World, explore, settled};
 use loom::thread;
 use tdp::{Access, Fault, Gfn, Level, Outcome, Perms};
 
@@ -109,7 +109,7 @@ fn link_against_link() {
 /// Three vCPUs fault on one page below a table that is missing.
 #[test]
 fn three_links() {
-    explore("link x link x link", Some(2), || {
+    explore("link x link x link", Some(3), || {
         let world = World::with_memory(TestHost::new());
         let [mut ours, second, third] = [world.vcpu(), world.vcpu(), world.vcpu()];
 
@@ -138,7 +138,7 @@ fn three_links() {
 /// A large leaf that only permits reading is split by two writers at once: into one table, and both write.
 #[test]
 fn split_against_split() {
-    explore("split x split", Some(3), || {
+    explore("split x split", None, || {
         let world = World::with_memory(TestHost::new().level(Level::L2).copy_on_write());
         let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
         let large = Outcome::Fixed { level: Level::L2 };
@@ -169,8 +169,8 @@ fn split_against_split() {
 /// the one or the other, and the table's frame goes only when the other has left it.
 #[test]
 fn collapse_against_install() {
-    explore("collapse x install", Some(2), || {
-        let world = World::with_memory(TestHost::new().level(Level::L2));
+    explore("collapse x install", Some(3), || {
+        let world = World::with_memory_below(TestHost::new().level(Level::L2), FIRST);
         let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
         let small = Fault::read(B.address()).max_level(Level::L1);
         assert_eq!(ours.fault(small), Ok(FIXED));
@@ -181,10 +181,58 @@ fn collapse_against_install() {
             (theirs, outcome)
         });
         let large = ours.fault(Fault::write(A.address())).unwrap();
+        world.drive();
         let (theirs, small) = other.join().unwrap();
 
         assert!(settled(large) && settled(small));
         assert!(world.leaf(&mut ours, A).is_some());
+        world.audit(&mut ours);
+        world.finish([ours, theirs]);
+    });
+}
+
+/// A frame that was a table before is linked again while another vCPU faults: whoever finds the link finds a table, not
+/// what was in the frame before.
+#[test]
+fn reuse_against_install() {
+    explore("unlink, link again x install", None, || {
+        let world = World::with_memory(TestHost::new());
+        let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+        assert_eq!(ours.fault(Fault::write(B.address())), Ok(FIXED));
+
+        let other = thread::spawn(move || {
+            assert!(settled(theirs.fault(Fault::write(B.address())).unwrap()));
+            theirs
+        });
+        world.mmu.zap(SPACE, FIRST).flush();
+        assert_eq!(ours.fault(Fault::write(A.address())), Ok(FIXED));
+        let theirs = other.join().unwrap();
+
+        assert!(world.leaf(&mut ours, A).is_some());
+        world.audit(&mut ours);
+        world.finish([ours, theirs]);
+    });
+}
+
+/// A vCPU works off a batch, one critical section renewed at each fault, while the table below it is unlinked.
+#[test]
+fn batch_against_unlink() {
+    explore("batch x unlink", None, || {
+        let world = World::with_memory(TestHost::new());
+        let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+        assert_eq!(ours.fault(Fault::read(B.address())), Ok(FIXED));
+
+        let other = thread::spawn(move || {
+            let mut batch = theirs.batch().unwrap();
+            for gfn in [A, B] {
+                assert!(settled(batch.fault(Fault::write(gfn.address())).unwrap()));
+            }
+            drop(batch);
+            theirs
+        });
+        world.mmu.zap(SPACE, FIRST).flush();
+        let theirs = other.join().unwrap();
+
         world.audit(&mut ours);
         world.finish([ours, theirs]);
     });

@@ -1,9 +1,10 @@
 //! What the models share: frames, host, processor, audit.
 //!
-//! Two things are checked all the time. A *table frame* is read by whoever asks for its page and written by whoever gives
-//! it back, and loom reports a pair of these that nothing orders; a frame at home has no page, and its entries are
-//! poisoned: who still walks it is led to a frame that does not exist. A *guest page* is read by the processor when it
-//! translates to it and written by its owner once the MMU has promised that no vCPU can reach it.
+//! Three things are checked all the time, by reads and writes of a loom cell that nothing but the MMU orders. A *table
+//! frame* is read by whoever asks for its page and written by whoever gives it back; moreover a frame at home has no page,
+//! and its entries are poisoned: who still walks it is led to a frame that does not exist. A *slot* is read by every
+//! look-up and written when it is dropped. A *guest page* is read by the processor when it translates to it and written by
+//! its owner once the MMU has promised that no vCPU can reach it.
 
 #![allow(unsafe_code)]
 // UNSAFETY: a frame source promises what its pages are.
@@ -133,21 +134,18 @@ unsafe impl FrameSource for Frames {
 
     fn allocate(&self, out: &mut [Pfn]) -> Result<usize, OutOfFrames> {
         let mut home = self.0.home.lock().unwrap();
-        let mut count = 0;
-        // A few at a time: what a vCPU keeps in its cache is nothing that a model learns from.
-        for slot in out.iter_mut().take(5) {
-            let Some(pfn) = home.pop() else { break };
-            let frame = self.frame(pfn);
-            assert!(
-                !frame.out.swap(true, Plain::Relaxed),
-                "{pfn:?} is out already"
-            );
-            *slot = pfn;
-            count += 1;
-        }
+        // A few at a time: what a vCPU keeps in its cache is nothing that a model learns from. The frame that came home
+        // last is the one that a cache hands out first.
+        let count = out.len().min(home.len()).min(5);
         if count == 0 {
             let limit = FRAMES as usize;
             return Err(OutOfFrames { limit });
+        }
+        let rest = home.len() - count;
+        for (slot, pfn) in out.iter_mut().zip(home.drain(rest..)) {
+            let was_out = self.frame(pfn).out.swap(true, Plain::Relaxed);
+            assert!(!was_out, "{pfn:?} is out already");
+            *slot = pfn;
         }
         Ok(count)
     }
@@ -184,6 +182,30 @@ unsafe impl FrameSource for Frames {
 /// Addresses of the entries of a table.
 fn entries(pfn: Pfn) -> [Hpa; 2] {
     [0, 8].map(|offset| Hpa(pfn.address().0 + offset))
+}
+
+/// What a slot knows: read by every look-up, written when the slot is dropped.
+pub(crate) struct Backing(UnsafeCell<()>);
+
+// SAFETY: as for `Pages`.
+unsafe impl Sync for Backing {}
+
+impl Backing {
+    pub(crate) fn new() -> Self {
+        Self(UnsafeCell::new(()))
+    }
+}
+
+impl Clone for Backing {
+    fn clone(&self) -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        self.0.with_mut(|_| ());
+    }
 }
 
 /// A host of one kind of backing: consecutive frames from a base that can be switched.
@@ -263,13 +285,14 @@ impl TestHost {
 
 impl Host for TestHost {
     type Frames = Frames;
-    type Backing = ();
+    type Backing = Backing;
 
     fn frames(&self) -> &Frames {
         &self.frames
     }
 
-    fn lookup(&self, _slot: &Slot<()>, gfn: Gfn, access: Access) -> Lookup {
+    fn lookup(&self, slot: &Slot<Backing>, gfn: Gfn, access: Access) -> Lookup {
+        slot.backing().0.with(|_| ());
         if self.sleeps {
             Lookup::Blocking
         } else {
@@ -277,7 +300,8 @@ impl Host for TestHost {
         }
     }
 
-    fn lookup_blocking(&self, _slot: &Slot<()>, gfn: Gfn, access: Access) -> Lookup {
+    fn lookup_blocking(&self, slot: &Slot<Backing>, gfn: Gfn, access: Access) -> Lookup {
+        slot.backing().0.with(|_| ());
         self.find(gfn, access)
     }
 
@@ -286,29 +310,62 @@ impl Host for TestHost {
     }
 }
 
-/// One MMU of one execution, with a root of level 2 and a slot for everything.
+/// One MMU of one execution, with a root of level 2.
 pub(crate) struct World {
     pub(crate) mmu: Mmu,
     frames: Frames,
 }
 
 impl World {
+    /// A world without slots, in which whatever is retired is freed as soon as it may be.
     pub(crate) fn new(host: TestHost) -> Self {
+        Self::bounded(host, 1)
+    }
+
+    fn bounded(host: TestHost, garbage: usize) -> Self {
         let frames = host.frames.clone();
-        // Whatever is retired is freed as soon as it may be.
-        let mmu = Mmu::builder(host)
-            .levels(Level::L2)
-            .garbage_bound(1)
-            .build();
-        let mmu = mmu.unwrap();
+        let builder = Mmu::builder(host).levels(Level::L2);
+        let mmu = builder.garbage_bound(garbage).build().unwrap();
         Self { mmu, frames }
     }
 
-    /// With a slot over all frames.
+    /// A world with a slot over all frames, in which whatever is retired is freed as soon as it may be.
     pub(crate) fn with_memory(host: TestHost) -> Self {
-        let world = Self::new(host);
-        world.mmu.slots().insert(Slot::new(ALL, ())).unwrap();
-        world
+        Self::with_memory_below(host, ALL)
+    }
+
+    /// The same with a slot over some frames.
+    pub(crate) fn with_memory_below(host: TestHost, gfns: Range<Gfn>) -> Self {
+        Self::new(host).and_memory(gfns)
+    }
+
+    /// The same, but nothing is freed before the end: for models of something else, in which two threads would meet in
+    /// the collector more often than anywhere else.
+    pub(crate) fn with_memory_and_patience(host: TestHost) -> Self {
+        Self::bounded(host, 1 << 20).and_memory(ALL)
+    }
+
+    fn and_memory(self, gfns: Range<Gfn>) -> Self {
+        let slot = Slot::new(gfns, Backing::new());
+        self.mmu.slots().insert(slot).unwrap();
+        self
+    }
+
+    /// Frees what may be freed, waiting for no section. Each insertion of a slot retires the map before it; the second
+    /// passes the mark at which the domain is driven again.
+    pub(crate) fn drive(&self) {
+        for gfn in [FIRST.end, Gfn(FIRST.end.0 + 1)] {
+            let slot = Slot::new(only(gfn), Backing::new());
+            self.mmu.slots().insert(slot).unwrap();
+        }
+    }
+
+    /// Frees what may be freed, waiting for no visit, and without a visit of its own: the end of an invalidation retires
+    /// a list.
+    pub(crate) fn drive_past_visits(&self) {
+        for gfn in [FIRST.end, Gfn(FIRST.end.0 + 1)] {
+            drop(self.mmu.invalidate_begin(SPACE, only(gfn)));
+        }
     }
 
     /// A vCPU whose cache is full.
@@ -356,9 +413,9 @@ impl World {
         let stats = self.mmu.stats();
         assert_eq!(stats.tables, tree.tables, "tables counted");
         assert_eq!(stats.pages, [tree.small, tree.large, 0], "leaves counted");
-        let mut shown = 0;
-        self.mmu.visit_leaves(SPACE, ALL, |_| shown += 1);
-        assert_eq!(shown, tree.small + tree.large, "leaves shown");
+        let audit = self.mmu.audit();
+        assert_eq!((audit.tables, audit.pages), (stats.tables, stats.pages));
+        assert_eq!((audit.misplaced, audit.unknown), (0, 0), "{audit:?}");
         tree
     }
 

@@ -166,7 +166,6 @@ impl<F: Processor> Guest<F> {
             Ok(Outcome::Retry(_)) => self.counts.retries += 1,
             Ok(_) => {}
             Err(FaultError::OutOfFrames) => self.starve(),
-            Err(error) => panic!("{error}"),
         }
     }
 

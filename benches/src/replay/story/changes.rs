@@ -45,7 +45,9 @@ impl Story {
             }
             return;
         }
-        if matches!(from, Kind::None | Kind::Frozen | Kind::Mmio) && fault.is_none() {
+        let made = matches!(from, Kind::None | Kind::Frozen | Kind::Mmio)
+            && !matches!(to, Kind::None | Kind::Frozen);
+        if made && fault.is_none() {
             // Only a fault, or memory mapped ahead, makes entries.
             let what = Wrong::NoFault;
             self.contradict(Contradiction {

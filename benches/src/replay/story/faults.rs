@@ -53,7 +53,7 @@ impl Story {
         }
     }
 
-    /// Older kernels give a root up when a vCPU's mode changes, make a new one, and take the old one down at leisure.
+    /// A vCPU uses a new root of an address space that had one. The old one may be taken down by anybody, later.
     fn give_up_root(&mut self, as_id: u8) {
         self.expected.detach_tree(NOBODY, Space::normal(as_id));
         self.steps.push(Step::Sync(SpaceRange {

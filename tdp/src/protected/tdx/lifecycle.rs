@@ -125,10 +125,7 @@ pub(crate) const fn admits(call: Call, state: OpState) -> bool {
     match call {
         Call::MngInit => matches!(state, S::Uninitialized),
         Call::MemPageAdd | Call::MrExtend | Call::MrFinalize => matches!(state, S::Initialized),
-        Call::VpCreate => matches!(
-            state,
-            S::Initialized | S::MemoryImport | S::StateImport
-        ),
+        Call::VpCreate => matches!(state, S::Initialized | S::MemoryImport | S::StateImport),
         Call::MemSeptAdd => {
             matches!(state, S::Initialized | S::Runnable | S::LiveExport) || state.is_importing()
         }
@@ -143,15 +140,15 @@ pub(crate) const fn admits(call: Call, state: OpState) -> bool {
         Call::MemPageRemove => may_change(state) || matches!(state, S::FailedImport),
         Call::MemSeptRemove | Call::MemSeptRd => !matches!(state, S::Uninitialized),
         Call::MemTrack => !matches!(state, S::Uninitialized | S::FailedImport),
-        Call::VpEnter | Call::GuestPageAccept => state.may_run(),
-        // Judged elsewhere: by the life cycle, or by where the state is to go.
-        Call::MngCreate
-        | Call::MngVpFlushDone
+        Call::VpEnter => state.may_run(),
+        // Judged elsewhere: by the life cycle, by where the state is to go, or because the guest runs.
+        Call::MngVpFlushDone
         | Call::PhymemCacheWb
         | Call::MngKeyFreeId
         | Call::PhymemPageReclaim
         | Call::VpFlush
-        | Call::Migrate => true,
+        | Call::Migrate
+        | Call::GuestPageAccept => true,
     }
 }
 

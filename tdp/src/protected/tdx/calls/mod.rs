@@ -56,8 +56,6 @@ macro_rules! calls {
 }
 
 calls! {
-    /// Makes a TD, with its key and control pages (here one call).
-    MngCreate = "TDH.MNG.CREATE",
     /// Begins to build it.
     MngInit = "TDH.MNG.INIT",
     /// Makes a vCPU.
@@ -173,7 +171,6 @@ pub(crate) struct Gate<'a> {
 /// Steps 4 to 6 up to the entry lock, held. Fields drop in the order of release.
 pub(crate) struct Located<'a> {
     pub(crate) lock: EntryLock<'a>,
-    pub(crate) gpa: Gpa,
     pub(crate) level: Level,
     _tree: Held<'a>,
 }
@@ -265,10 +262,7 @@ impl TdInner {
         if self.lifecycle() == wanted {
             Ok(())
         } else {
-            Err(Refusal::new(
-                Status::LifecycleStateIncorrect,
-                Operand::NONE,
-            ))
+            Err(Refusal::new(Status::LifecycleStateIncorrect, Operand::NONE))
         }
     }
 
@@ -303,7 +297,6 @@ impl TdInner {
             .ok_or(Refusal::busy(Operand::RCX).reporting(walked.entry.report(level)))?;
         Ok(Located {
             lock,
-            gpa,
             level,
             _tree: tree,
         })
@@ -345,11 +338,7 @@ impl TdInner {
     }
 
     /// Metadata of what `entry`, an entry of `level`, holds: a table has 4 KiB, a page the size of its level.
-    pub(crate) fn metadata_of(
-        &self,
-        entry: Entry,
-        level: Level,
-    ) -> Result<&PamtEntry, Refusal> {
+    pub(crate) fn metadata_of(&self, entry: Entry, level: Level) -> Result<&PamtEntry, Refusal> {
         let size = if entry.state().is_table() {
             Level::L1
         } else {

@@ -1,0 +1,472 @@
+//! A TD's life on the model: what each state admits, building, migration, teardown, what the guest sees.
+#![cfg(not(loom))]
+
+mod tdx_support;
+
+use std::time::{Duration, Instant};
+use tdp::protected::tdx::{
+    Accept, Answer, Call, Costs, Enter, EntryState, Exit, Hooks, Lifecycle, Measured, OpState,
+    Operand, PageInfo, PageKind, Status, Td, TdConfig, TdxConfig, TdxModule, Wait,
+    ZERO_STEP_FAULTS,
+};
+use tdp::{Gpa, Hpa, Level, Pfn};
+use tdp_arch::cpu::SoftwareVcpu;
+use tdp_arch::walker::{GuestAccess, PhysicalMemory, WalkError};
+use tdx_support::{
+    HUGE, LARGE, MEMORY, Meanwhile, PAGE, Rig, TOP, accepted, at, control, done, large_page, page,
+};
+
+/// The way to an operational state, from a TD that is created.
+fn reach(td: &Td, state: OpState) {
+    use OpState as S;
+    let way: &[OpState] = match state {
+        S::Uninitialized | S::Initialized | S::Runnable => &[],
+        S::LiveExport => &[S::LiveExport],
+        S::PausedExport => &[S::LiveExport, S::PausedExport],
+        S::PostExport => &[S::LiveExport, S::PausedExport, S::PostExport],
+        S::MemoryImport => &[S::MemoryImport],
+        S::StateImport => &[S::MemoryImport, S::StateImport],
+        S::PostImport => &[S::MemoryImport, S::StateImport, S::PostImport],
+        S::LiveImport => &[
+            S::MemoryImport,
+            S::StateImport,
+            S::PostImport,
+            S::LiveImport,
+        ],
+        S::FailedImport => &[S::MemoryImport, S::FailedImport],
+    };
+    let built = matches!(
+        state,
+        S::Runnable | S::LiveExport | S::PausedExport | S::PostExport
+    );
+    if built || state == S::Initialized {
+        done(td.mng_init());
+    }
+    if built {
+        drop(td.vp_create(control(3)).unwrap());
+        done(td.mr_finalize());
+    }
+    for step in way {
+        done(td.migrate(*step));
+    }
+    assert_eq!(td.op_state(), state);
+}
+
+#[test]
+fn every_state_admits_the_calls_of_the_manual_and_no_others() {
+    use OpState as S;
+    const ALL: [OpState; 11] = [
+        S::Uninitialized,
+        S::Initialized,
+        S::Runnable,
+        S::LiveExport,
+        S::PausedExport,
+        S::PostExport,
+        S::MemoryImport,
+        S::StateImport,
+        S::PostImport,
+        S::LiveImport,
+        S::FailedImport,
+    ];
+    // One column for each state, in that order.
+    type Row = (&'static str, fn(&Td) -> Answer, [u8; 11]);
+    #[rustfmt::skip]
+    let table: [Row; 13] = [
+        ("SEPT.ADD", |td| td.mem_sept_add(at(0, LARGE), page(9)), [0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0]),
+        ("SEPT.REMOVE", |td| td.mem_sept_remove(at(0, LARGE)), [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("SEPT.RD", |td| td.mem_sept_rd(at(0, PAGE)), [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("PAGE.ADD", |td| td.mem_page_add(at(0, PAGE), page(9), page(10)), [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        ("MR.EXTEND", |td| td.mr_extend(Gpa(0)), [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        ("PAGE.AUG", |td| td.mem_page_aug(at(0, PAGE), page(9)), [0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0]),
+        ("RANGE.BLOCK", |td| td.mem_range_block(at(0, PAGE)), [0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]),
+        ("RANGE.UNBLOCK", |td| td.mem_range_unblock(at(0, PAGE)), [0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]),
+        ("PAGE.DEMOTE", |td| td.mem_page_demote(at(0, LARGE), page(9)), [0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]),
+        ("PAGE.PROMOTE", |td| td.mem_page_promote(at(0, LARGE)), [0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]),
+        ("PAGE.REMOVE", |td| td.mem_page_remove(at(0, PAGE)), [0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1]),
+        ("TRACK", |td| td.mem_track(), [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]),
+        ("MNG.INIT", |td| td.mng_init(), [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    ];
+    for (name, call, admitted) in table {
+        for (state, admitted) in ALL.into_iter().zip(admitted) {
+            let rig = Rig::created(Costs::default(), ());
+            reach(&rig.td, state);
+            let answer = call(&rig.td);
+            assert_eq!(
+                answer.status != Status::OpStateIncorrect,
+                admitted == 1,
+                "{name} in {state:?} answered {answer}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_td_that_is_not_alive_admits_nothing_but_its_end() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    done(td.mng_init());
+    rig.add_tables();
+    let mut vcpu = td.vp_create(control(3)).unwrap();
+    done(td.mem_page_add(at(0, PAGE), page(9), page(10)));
+    done(td.mr_finalize());
+    done(td.mem_page_aug(at(0x20_0000, LARGE), large_page(0)));
+    let is = |answer: Answer, status, operand| assert!(answer.is(status, operand), "{answer}");
+
+    // A vCPU inside holds the TD's root page.
+    assert!(matches!(vcpu.enter(0), Enter::Inside(_)));
+    is(td.mng_vpflushdone(), Status::OperandBusy, Operand::RCX);
+    is(vcpu.flush(), Status::OperandBusy, Operand::RCX);
+    vcpu.exit(Exit::Other { rip: 0 });
+    is(td.mng_vpflushdone(), Status::FlushVpNotDone, Operand::NONE);
+    done(vcpu.flush());
+    is(vcpu.flush(), Status::VcpuNotAssociated, Operand::NONE);
+    is(
+        td.mng_key_freeid(),
+        Status::LifecycleStateIncorrect,
+        Operand::NONE,
+    );
+    is(
+        td.phymem_page_reclaim(page(9)),
+        Status::LifecycleStateIncorrect,
+        Operand::NONE,
+    );
+
+    done(td.mng_vpflushdone());
+    assert_eq!(td.lifecycle(), Lifecycle::Blocked);
+    let dead = [
+        td.mem_page_remove(at(0, PAGE)),
+        td.mem_range_block(at(0, PAGE)),
+        td.mem_track(),
+        td.mem_sept_rd(at(0, PAGE)),
+    ];
+    for answer in dead {
+        is(answer, Status::TdKeysNotConfigured, Operand::NONE);
+    }
+    assert!(matches!(
+        vcpu.enter(0),
+        Enter::Refused(a) if a.is(Status::TdKeysNotConfigured, Operand::NONE)
+    ));
+    is(
+        td.mng_key_freeid(),
+        Status::WbCacheNotComplete,
+        Operand::NONE,
+    );
+    done(td.phymem_cache_wb());
+    done(td.mng_key_freeid());
+
+    // Any order, parents before children, one call a page; the large page whole and by its first address.
+    let before = td.call_counts().of(Call::PhymemPageReclaim).done;
+    is(
+        td.phymem_page_reclaim(control(0)),
+        Status::TdAssociatedPagesExist,
+        Operand::NONE,
+    );
+    is(
+        td.phymem_page_reclaim(Hpa(large_page(0).0 + 0x1000)),
+        Status::OperandInvalid,
+        Operand::RCX,
+    );
+    let pages = [
+        (page(3), PageKind::Ept),
+        (control(2), PageKind::Tdcx),
+        (large_page(0), PageKind::Reg),
+        (page(9), PageKind::Reg),
+        (control(3), PageKind::Tdvpr),
+        (page(5), PageKind::Ept),
+        (control(1), PageKind::Tdcx),
+        (page(4), PageKind::Ept),
+        (control(0), PageKind::Tdr),
+    ];
+    for (address, kind) in pages {
+        let answer = td.phymem_page_reclaim(address);
+        assert!(answer.is_success(), "{address}: {answer}");
+        assert_eq!(answer.rcx, Some(kind as u64));
+        assert_eq!(answer.rdx, Some(control(0).0));
+        is(
+            td.phymem_page_reclaim(address),
+            Status::PageMetadataIncorrect,
+            Operand::RCX,
+        );
+    }
+    let made = td.call_counts().of(Call::PhymemPageReclaim).done - before;
+    assert_eq!(made, pages.len() as u64);
+    assert_eq!(td.child_count(), 0);
+    is(td.mem_track(), Status::PageMetadataIncorrect, Operand::RCX);
+    is(
+        td.mem_sept_rd(at(0, PAGE)),
+        Status::PageMetadataIncorrect,
+        Operand::RDX,
+    );
+    for pfn in MEMORY.start.0..MEMORY.end.0 {
+        let (kind, _) = rig.module.page_kind(Hpa(pfn << 12)).unwrap();
+        assert_eq!(kind, PageKind::Nda);
+    }
+    // The pages are free for another TD.
+    assert!(
+        rig.module
+            .create_td(TdConfig::new(page(3), control(0), large_page(0)))
+            .is_ok()
+    );
+}
+
+#[test]
+fn building_is_measured_in_order() {
+    let rig = Rig::building();
+    let td = &rig.td;
+    rig.add_tables();
+    let absent = |answer: Answer, operand| {
+        assert!(answer.is(Status::EptEntryNotPresent, operand), "{answer}");
+    };
+    absent(td.mr_extend(Gpa(0)), Operand::RCX);
+    done(td.mem_page_aug(at(0x2000, PAGE), page(11)));
+    absent(td.mr_extend(Gpa(0x2000)), Operand::NONE);
+    done(td.mem_page_add(at(0x1000, PAGE), page(9), page(20)));
+    done(td.mr_extend(Gpa(0x1100)));
+    done(td.mr_extend(Gpa(0x1000)));
+    done(td.mem_page_add(at(0, PAGE), page(10), page(21)));
+    assert!(
+        td.mr_extend(Gpa(0x1080))
+            .is(Status::OperandInvalid, Operand::RCX)
+    );
+    assert!(td.mr_finalize().is(Status::NoVcpus, Operand::NONE));
+    drop(td.vp_create(control(3)).unwrap());
+    done(td.mr_finalize());
+    let page = |gpa, source| Measured::Page {
+        gpa: Gpa(gpa),
+        source,
+    };
+    assert_eq!(
+        td.measured(),
+        [
+            page(0x1000, tdx_support::page(20)),
+            Measured::Chunk { gpa: Gpa(0x1100) },
+            Measured::Chunk { gpa: Gpa(0x1000) },
+            page(0, tdx_support::page(21)),
+            Measured::Final,
+        ]
+    );
+}
+
+#[test]
+fn building_excludes_every_other_call() {
+    let meanwhile = Meanwhile::default();
+    let rig = Rig::created(Costs::default(), meanwhile.clone());
+    done(rig.td.mng_init());
+    rig.add_tables();
+    let td = rig.td.clone();
+    meanwhile.inside(Call::MemPageAdd, move || {
+        let busy = td.mem_sept_rd(at(0, PAGE));
+        assert!(busy.is(Status::OperandBusy, Operand::RDX), "{busy}");
+        let busy = td.mem_track();
+        assert!(busy.is(Status::OperandBusy, Operand::RCX), "{busy}");
+    });
+    done(rig.td.mem_page_add(at(0, PAGE), page(9), page(10)));
+    assert!(meanwhile.is_over());
+
+    drop(rig.td.vp_create(control(3)).unwrap());
+    done(rig.td.mr_finalize());
+    let td = rig.td.clone();
+    meanwhile.inside(Call::Migrate, move || {
+        let busy = td.mem_sept_rd(at(0, PAGE));
+        assert!(busy.is(Status::OperandBusy, Operand::OP_STATE), "{busy}");
+    });
+    done(rig.td.migrate(OpState::LiveExport));
+    assert!(meanwhile.is_over());
+    assert_eq!(rig.module.violation_count(), 0);
+}
+
+#[test]
+fn what_is_removed_during_an_import_stays_marked() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    reach(td, OpState::LiveImport);
+    rig.add_tables();
+    rig.map(0, PAGE, page(9));
+    rig.block_and_track(0, PAGE);
+    done(td.mem_page_remove(at(0, PAGE)));
+    let entry = td.entry(Gpa(0), PAGE).unwrap();
+    assert_eq!((entry.state, entry.page), (EntryState::Removed, None));
+    rig.block_and_track(0, LARGE);
+    let answer = td.mem_sept_remove(at(0, LARGE));
+    assert!(answer.is(Status::EptPageNotFree, Operand::RCX));
+    done(td.mem_range_unblock(at(0, LARGE)));
+    done(td.mem_page_aug(at(0, PAGE), page(9)));
+}
+
+#[test]
+fn the_guest_sees_what_it_accepted_until_it_has_to_forget_it() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    done(td.mng_init());
+    rig.add_tables();
+    let mut vcpu = td.vp_create(control(3)).unwrap();
+    done(td.mr_finalize());
+    let mut processor = SoftwareVcpu::<_, 64>::new(td.walker(), td.root());
+    let write = |processor: &mut SoftwareVcpu<_, 64>, gpa| {
+        processor.access(&rig.module, Gpa(gpa), GuestAccess::Write)
+    };
+
+    assert!(matches!(vcpu.enter(0), Enter::Inside(entered) if entered.flush));
+    processor.flush_all();
+    done(td.mem_page_aug(at(0x3000, PAGE), page(9)));
+    assert!(matches!(
+        write(&mut processor, 0x3000),
+        Err(WalkError::Fault(_))
+    ));
+    done(accepted(td.page_accept(at(0x3000, PAGE))));
+    let found = write(&mut processor, 0x3123).unwrap();
+    assert_eq!(found.hpa, Hpa(page(9).0 + 0x123));
+
+    // Blocked: whoever walks finds nothing, but this one does not walk.
+    done(td.mem_range_block(at(0x3000, PAGE)));
+    assert!(td.translate(Gpa(0x3000), GuestAccess::Read).is_err());
+    assert!(write(&mut processor, 0x3000).is_ok());
+    done(td.mem_track());
+    assert!(!td.mem_page_remove(at(0x3000, PAGE)).is_success());
+    vcpu.exit(Exit::Other { rip: 0 });
+    done(td.mem_page_remove(at(0x3000, PAGE)));
+    assert!(matches!(vcpu.enter(0), Enter::Inside(entered) if entered.flush));
+    processor.flush_all();
+    assert!(write(&mut processor, 0x3000).is_err());
+    vcpu.exit(Exit::Other { rip: 0 });
+    assert!(matches!(vcpu.enter(0), Enter::Inside(entered) if !entered.flush));
+    vcpu.exit(Exit::Other { rip: 0 });
+
+    // A table that was taken away is no memory any more.
+    let slot = Hpa(page(5).0 + 3 * 8);
+    assert!(rig.module.load(slot).is_some());
+    rig.block_and_track(0, LARGE);
+    done(td.mem_sept_remove(at(0, LARGE)));
+    assert_eq!(rig.module.load(slot), None);
+    assert_eq!(rig.module.violation_count(), 0);
+}
+
+#[test]
+fn a_guest_that_is_sent_back_without_help_takes_the_tree() {
+    let meanwhile = Meanwhile::default();
+    let rig = Rig::created(Costs::default(), meanwhile.clone());
+    let td = &rig.td;
+    done(td.mng_init());
+    rig.add_tables();
+    let mut vcpu = td.vp_create(control(3)).unwrap();
+    done(td.mr_finalize());
+    let gpa = Gpa(0x5000);
+    let fault = Exit::EptViolation { gpa, rip: 0x10 };
+
+    for n in 0..ZERO_STEP_FAULTS {
+        assert!(!vcpu.is_suspected(), "after {n} faults");
+        assert!(matches!(vcpu.enter(0x10), Enter::Inside(_)));
+        vcpu.exit(fault);
+    }
+    assert!(vcpu.is_suspected());
+    // Nothing was done about its fault: it does not even get in.
+    let entered = vcpu.enter(0x10);
+    assert!(matches!(entered, Enter::Exited(exit) if exit.gpa == gpa));
+    assert!(!vcpu.is_inside());
+    // It left no trace in the epoch.
+    done(td.mem_track());
+    done(td.mem_track());
+
+    // And it meets the host in the lock of the tree.
+    let vcpu = std::sync::Arc::new(std::sync::Mutex::new(vcpu));
+    let guest = vcpu.clone();
+    meanwhile.inside(Call::MemPageAug, move || {
+        let entered = guest.lock().unwrap().enter(0x10);
+        assert!(
+            matches!(entered, Enter::Refused(a) if a.is(Status::OperandBusy, Operand::SEPT_TREE)),
+            "{entered:?}"
+        );
+    });
+    done(td.mem_page_aug(at(gpa.0, PAGE), page(9)));
+    assert!(meanwhile.is_over());
+    done(accepted(td.page_accept(at(gpa.0, PAGE))));
+    let mut vcpu = vcpu.lock().unwrap();
+    assert!(matches!(vcpu.enter(0x10), Enter::Inside(_)));
+    assert!(vcpu.is_suspected(), "until it gets past the instruction");
+    vcpu.exit(Exit::Other { rip: 0x14 });
+    assert!(!vcpu.is_suspected());
+}
+
+#[test]
+fn operands_are_checked_before_anything_is_touched() {
+    let rig = Rig::running();
+    let invalid = [
+        PageInfo::from_raw(5),                 // level beyond the root
+        PageInfo::from_raw(8),                 // reserved bit 3
+        PageInfo::from_raw(1 << 52),           // reserved bit 52
+        PageInfo::new(Gpa(1 << 47), PAGE),     // shared
+        PageInfo::new(Gpa(0x1000), Level::L2), // misaligned
+    ];
+    for info in invalid {
+        rig.refused(
+            |td| td.mem_range_block(info),
+            Status::OperandInvalid,
+            Operand::RCX,
+        );
+        let accept = rig.td.page_accept(info);
+        assert!(
+            matches!(accept, Accept::Answered(a) if a.is(Status::OperandInvalid, Operand::RCX))
+        );
+    }
+    let pages = [
+        (Hpa(page(9).0 + 8), Status::OperandInvalid),
+        (Hpa(1 << 52), Status::OperandInvalid),
+        (MEMORY.end.address(), Status::OperandAddrRangeError),
+        (Hpa(0), Status::OperandAddrRangeError),
+        (control(1), Status::PageMetadataIncorrect),
+    ];
+    for (page, status) in pages {
+        rig.refused(|td| td.mem_page_aug(at(0, PAGE), page), status, Operand::R8);
+    }
+    assert!(TdxModule::new(TdxConfig::new(Pfn(5)..Pfn(5))).is_err());
+    assert!(TdxModule::new(TdxConfig::new(Pfn(0)..Pfn(1 << 41))).is_err());
+}
+
+struct Unwilling;
+
+impl Hooks for Unwilling {
+    fn refuse(&self, call: Call) -> Option<(Status, Operand)> {
+        (call == Call::MemTrack).then_some((Status::OperandBusy, Operand::TD_EPOCH))
+    }
+}
+
+#[test]
+fn injected_refusals_are_counted_and_not_audited() {
+    let rig = Rig::running_with(Costs::default(), Unwilling);
+    let answer = rig.td.mem_track();
+    assert!(answer.is(Status::OperandBusy, Operand::TD_EPOCH));
+    assert_eq!((answer.rcx, rig.td.epoch()), (None, 1));
+    let count = rig.td.call_counts().of(Call::MemTrack);
+    assert_eq!((count.made, count.done, count.busy), (1, 0, 1));
+    assert_eq!(rig.module.violation_count(), 0);
+}
+
+#[test]
+fn the_log_says_which_call_was_wrong() {
+    let rig = Rig::running();
+    assert!(!rig.td.mem_page_aug(at(0, HUGE), page(9)).is_success());
+    assert!(!rig.td.mem_sept_add(at(0, TOP), page(9)).is_success());
+    let notes = rig.module.take_violations();
+    assert_eq!(rig.module.violation_count(), 0);
+    let text: Vec<_> = notes.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        text,
+        [
+            "TDH.MEM.PAGE.AUG(0x2, 0x1009000) of TD 0x4000000 -> OPERAND_INVALID op=1 rcx=0 rdx=0",
+            "TDH.MEM.SEPT.ADD(0x3, 0x1009000) of TD 0x4000000 -> \
+             EPT_ENTRY_STATE_INCORRECT op=1 rcx=7 rdx=8403",
+        ]
+    );
+}
+
+#[test]
+fn calls_last_as_long_as_they_cost() {
+    for wait in [Wait::Spin, Wait::Sleep] {
+        let costs =
+            Costs::uniform(wait, Duration::ZERO).with(Call::MemTrack, Duration::from_millis(3));
+        let rig = Rig::running_with(costs, ());
+        let begin = Instant::now();
+        done(rig.td.mem_track());
+        assert!(begin.elapsed() >= Duration::from_millis(3));
+    }
+}
