@@ -7,8 +7,8 @@ use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 use tdp::{
     Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot,
-    Lookup, Mapping, MmapPool, Mmu, Outcome, Perms, PoolConfig, Slot, SoftwareHost, TableMemory,
-    Vcpu,
+    Lookup, Mapping, MmapPool, Mmu, OutOfFrames, Outcome, Perms, PoolConfig, Slot, SoftwareHost,
+    TableMemory, Vcpu,
 };
 use tdp_arch::walker::{
     ConfigError, EptConfig, EptWalker, GuestAccess, NptConfig, NptWalker, Permissions, ReadOnly,
@@ -167,9 +167,9 @@ pub enum Tables {
 /// Why the library did not resolve a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OurFailure {
-    /// It failed.
+    /// It needed a table and had no frame for it.
     #[error(transparent)]
-    Fault(#[from] FaultError),
+    OutOfFrames(OutOfFrames),
     /// It was resolved to something that no page of a slot can be.
     #[error("a fault on memory was answered by {0:?}")]
     Outcome(Outcome),
@@ -247,14 +247,19 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         mut outcome: Result<Outcome, FaultError>,
     ) -> Result<(), OurFailure> {
         for _ in 0..RETRIES {
-            match outcome? {
-                Outcome::Fixed { .. } | Outcome::Spurious => return Ok(()),
-                Outcome::Retry(_) => std::hint::spin_loop(),
+            match outcome {
+                Ok(Outcome::Fixed { .. } | Outcome::Spurious) => return Ok(()),
+                Ok(Outcome::Retry(_)) => std::hint::spin_loop(),
                 _ => break,
             }
             outcome = O::perform(vcpu, gfn, &self.setup);
         }
-        Err(OurFailure::Outcome(outcome?))
+        Err(match outcome {
+            Ok(outcome) => OurFailure::Outcome(outcome),
+            Err(FaultError::OutOfFrames) => OurFailure::OutOfFrames(OutOfFrames {
+                limit: self.setup.frames,
+            }),
+        })
     }
 
     /// Its MMU.

@@ -80,7 +80,11 @@ fn wrong_usage_is_one_line_that_names_it_and_exit_code_2() {
 
 #[test]
 fn a_pool_that_is_too_small_is_one_line_and_exit_code_1() {
-    for pool in ["4K", "64K", "128K"] {
+    for (pool, frames) in [
+        ("4K", "1 frames"),
+        ("64K", "16 frames"),
+        ("128K", "32 frames"),
+    ] {
         let output = bench(&[
             "demand-paging",
             "-v",
@@ -97,7 +101,8 @@ fn a_pool_that_is_too_small_is_one_line_and_exit_code_1() {
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{pool}: {errors}");
         assert_eq!(errors.lines().count(), 1, "{pool}: {errors}");
-        assert!(errors.contains("frame pool exhausted"), "{pool}: {errors}");
+        let names = format!("frame pool exhausted: all {frames}");
+        assert!(errors.contains(&names), "{pool}: {errors}");
     }
 }
 

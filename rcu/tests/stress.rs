@@ -28,10 +28,11 @@ struct World {
 }
 
 impl World {
-    /// A walk through one slot: takes the link, then looks at the object for a while.
-    fn walk(&self, at: usize) {
+    /// A walk through one slot: takes the link, pauses, then looks at the object for a while.
+    fn walk(&self, at: usize, pause: fn()) {
         let link = self.slots[at % SLOTS].load(Ordering::Acquire);
         let (object, stamp) = (link as u32 as usize, link >> 32);
+        pause();
         for _ in 0..8 << (at % 6) {
             if self.stamps[object].load(Ordering::Relaxed) != stamp {
                 self.stale.fetch_add(1, Ordering::Relaxed);
@@ -45,6 +46,11 @@ impl World {
         let object = self.free.lock().pop()?;
         Some(self.stamps[object].load(Ordering::Relaxed) << 32 | object as u64)
     }
+}
+
+/// Few walks pause, for a time slice each on a busy machine.
+fn pause_if(now: bool) -> fn() {
+    if now { thread::yield_now } else { || () }
 }
 
 struct Garbage(Arc<World>, usize);
@@ -103,7 +109,7 @@ fn no_reader_sees_a_freed_object() {
             while !done.load(Ordering::Relaxed) {
                 let mut section = reader.enter();
                 for _ in 0..64 {
-                    world.walk(at);
+                    world.walk(at, pause_if(at % 16 == 0));
                     section.repin();
                     at += 1;
                 }
@@ -118,7 +124,7 @@ fn no_reader_sees_a_freed_object() {
             let mut at = 0;
             while !done.load(Ordering::Relaxed) {
                 let section = reader.enter();
-                world.walk(at);
+                world.walk(at, pause_if(at % 7 == 1));
                 if at % 7 == 0 {
                     mem::forget(section);
                 } else {
@@ -136,7 +142,7 @@ fn no_reader_sees_a_freed_object() {
                 let mut reader = domain.reader();
                 for _ in 0..16 {
                     let section = reader.enter();
-                    world.walk(at);
+                    world.walk(at, pause_if(at % 16 == 0));
                     drop(section);
                     at += 1;
                 }
@@ -152,9 +158,9 @@ fn no_reader_sees_a_freed_object() {
             while !done.load(Ordering::Relaxed) {
                 let mut visit = domain.visit();
                 for _ in 0..16 {
-                    world.walk(at);
+                    world.walk(at, thread::yield_now);
                     visit.repin();
-                    world.walk(at + 1);
+                    world.walk(at + 1, || ());
                     at += 1;
                 }
                 drop(visit);

@@ -2,7 +2,7 @@
 
 use crate::common::host::Memory;
 use crate::common::rig::Rig;
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tdp::{Access, AddressSpaceId, Fault, Gfn, Gpa, Level, Outcome, Perms, Pfn, Slot};
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -30,36 +30,36 @@ fn meet<F: crate::common::processor::Processor>(level: Level, goal: Level, write
     rig.mmu.slots().insert(slot).expect("the first slot");
     let mut cpu = rig.processor(rig.vcpu());
     let mut vcpu = rig.vcpu();
-    let (ready, done) = (Barrier::new(2), Barrier::new(2));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for _ in 0..ROUNDS {
-                ready.wait();
-                let touched = cpu.touch(Gpa(0), Access::Read);
-                assert!(touched.result.is_ok() && touched.walked);
-                done.wait();
+    for round in 0..ROUNDS {
+        rig.host().permit(Perms::RX);
+        let prefetch = Fault {
+            prefetch: true,
+            ..Fault::read(Gpa(0))
+        };
+        assert_eq!(vcpu.fault(prefetch), Ok(Outcome::Fixed { level }));
+        rig.host().permit(Perms::RWX);
+        let started = AtomicBool::new(false);
+        let (touched, outcome) = std::thread::scope(|scope| {
+            let processor = scope.spawn(|| {
+                started.store(true, Ordering::Release);
+                cpu.touch(Gpa(0), Access::Read)
+            });
+            while !started.load(Ordering::Acquire) {
+                std::hint::spin_loop();
             }
-        });
-        for round in 0..ROUNDS {
-            rig.host().permit(Perms::RX);
-            let prefetch = Fault {
-                prefetch: true,
-                ..Fault::read(Gpa(0))
-            };
-            assert_eq!(vcpu.fault(prefetch), Ok(Outcome::Fixed { level }));
-            rig.host().permit(Perms::RWX);
-            ready.wait();
-            // The two have to meet: one of them starts a little later, now more, now less.
+            // The two have to meet: one of them is a little late, now more, now less.
             for _ in 0..round % 64 * 16 {
                 std::hint::spin_loop();
             }
             let outcome = vcpu.fault(Fault::write(write).max_level(goal));
-            assert_eq!(outcome, Ok(Outcome::Fixed { level: goal }));
-            done.wait();
-            let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it is mapped");
-            assert_eq!(leaf.level, goal);
-            assert!(leaf.spte.0 & F::ACCESSED != 0, "round {round}: {leaf:?}");
-            rig.mmu.zap(SPACE, Gfn(0)..Gfn(512)).flush();
-        }
-    });
+            (processor.join(), outcome)
+        });
+        assert_eq!(outcome, Ok(Outcome::Fixed { level: goal }));
+        let touched = touched.expect("the processor goes on");
+        assert!(touched.result.is_ok() && touched.walked);
+        let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it is mapped");
+        assert_eq!(leaf.level, goal);
+        assert!(leaf.spte.0 & F::ACCESSED != 0, "round {round}: {leaf:?}");
+        rig.mmu.zap(SPACE, Gfn(0)..Gfn(512)).flush();
+    }
 }

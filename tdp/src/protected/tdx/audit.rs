@@ -22,7 +22,8 @@ pub struct Violation {
     pub call: Call,
     /// Root page of the TD.
     pub td: Hpa,
-    /// RCX, RDX and R8 as they were given, without the one that names the TD; 0 where there is none.
+    /// What was given beside the TD: the entry or the page it is about, then the page that was given to the TD; 0 where
+    /// there is none.
     pub operands: [u64; 2],
     /// What was answered.
     pub answer: Answer,

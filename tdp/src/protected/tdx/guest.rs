@@ -23,7 +23,8 @@ use tdp_arch::walker::{EptFault, EptWalker, GuestAccess, Translation, WalkError,
 use tdp_arch::{Gpa, Hpa, Level};
 use tdp_rcu::sync::Ordering;
 
-/// Exits for private addresses at one instruction from which on a vCPU's entries take the lock of the tree.
+/// Exits for private addresses at one instruction from which on a vCPU's entries take the lock of the tree. The real
+/// module remembers addresses only after that many exits, so that there it takes one more; the model is the stricter.
 pub const ZERO_STEP_FAULTS: u32 = 6;
 /// Addresses that are remembered of those exits.
 const ZERO_STEP_ADDRESSES: usize = 32;

@@ -126,7 +126,7 @@ impl<'a> EntryLock<'a> {
             return Err(Status::OperandBusy);
         }
         let lock = Self { word };
-        if false {
+        if found & HOST_PRIORITY != 0 {
             return Err(Status::OperandBusyHostPriority);
         }
         Ok(lock)

@@ -16,8 +16,8 @@
 //! A call that is refused has changed nothing. One that a correct host never makes is noted in the audit log
 //! ([`TdxModule::violations`]).
 //!
-//! Left out: nested (L2) tables, export and import but for the states they lead to, page relocation, debug TDs, the content
-//! of pages, and the value of the measurement (its order is kept).
+//! Left out: nested (L2) tables, export and import but for the states they lead to, page relocation, debug TDs, the
+//! content of pages, and the value of the measurement (its order is kept).
 //!
 //! ```
 //! use tdp::protected::tdx::{PageInfo, Status, TdConfig, TdxConfig, TdxModule};
@@ -105,7 +105,7 @@ impl TdxConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// No memory, or more than can be managed.
-    #[error("a range of frames from {start} to {end} cannot be managed: it must have 1 to {limit}", start = .0.start, end = .0.end, limit = Memory::LIMIT)]
+    #[error("frames {:?} cannot be managed: there must be 1 to {} of them", .0, Memory::LIMIT)]
     Memory(Range<Pfn>),
 }
 

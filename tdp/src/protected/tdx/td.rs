@@ -1,8 +1,8 @@
 //! One TD: its states, its locks, its counters.
 //!
-//! Protocol. What a TD is made of is reached through its root page, whose metadata lock every call takes first. Life cycle
-//! and operational state change only under that lock held exclusively, or under their own lock; everything else has a
-//! lock of its own or is one atomic word.
+//! Protocol. What a TD is made of is reached through its root page, whose metadata lock every call takes first. Life
+//! cycle and operational state change only under that lock held exclusively, or under their own lock; everything else
+//! has a lock of its own or is one atomic word.
 
 use super::calls::Call;
 use super::epoch::Epochs;

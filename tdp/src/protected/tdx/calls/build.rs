@@ -61,7 +61,7 @@ impl Td {
         let call = Call::MrExtend;
         td.run(call, [gpa.0, 0], || {
             let _gate = td.gate(call)?;
-            if gpa.0 % CHUNK != 0 || !td.is_private(gpa) {
+            if !gpa.0.is_multiple_of(CHUNK) || !td.is_private(gpa) {
                 return Err(Refusal::new(Status::OperandInvalid, Operand::RCX));
             }
             let absent = Refusal::new(Status::EptEntryNotPresent, Operand::RCX);

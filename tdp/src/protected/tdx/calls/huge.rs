@@ -118,7 +118,7 @@ fn lock_all(table: &Table, level: Level) -> Result<(Vec<EntryLock<'_>>, Entry), 
         let state = head.state();
         let large = level.bytes() * ENTRIES_PER_TABLE as u64;
         if !matches!(state, EntryState::Mapped | EntryState::Pending)
-            || head.page().0 % large != 0
+            || !head.page().0.is_multiple_of(large)
             || entry != Entry::leaf(part(head.page(), level, index), state)
         {
             return Err(Status::EptInvalidPromoteConditions);

@@ -25,7 +25,7 @@ impl Td {
                 return Err(Refusal::new(Status::EptEntryStateIncorrect, Operand::RCX)
                     .reporting(walked.entry.report(level)));
             }
-            if source.0 % PAGE_SIZE != 0 {
+            if !source.0.is_multiple_of(PAGE_SIZE) {
                 return Err(Refusal::new(Status::OperandInvalid, Operand::R9));
             }
             let new = td.lock_new_page(page, level)?;

@@ -76,7 +76,7 @@ impl Td {
             }
             let report = (kind as u64, owner.0);
             let refused = |status, operand| Err(Refusal::new(status, operand).reporting(report));
-            if page.0 % found.level().bytes() != 0 {
+            if !page.0.is_multiple_of(found.level().bytes()) {
                 return refused(Status::OperandInvalid, Operand::RCX);
             }
             // Found through the page: only the root page's own entry is locked.
