@@ -149,6 +149,12 @@ impl Format for Ept {
         Perms::from_bits_truncate((spte.0 & 0b111) as u8).union(user)
     }
 
+    fn can_express(perms: Perms) -> bool {
+        // Write without read is a misconfiguration; execute alone is an option that every processor of the last decade
+        // has (SDM 29.3.3.1, IA32_VMX_EPT_VPID_CAP bit 0).
+        perms.contains(Perms::READ) || !perms.contains(Perms::WRITE)
+    }
+
     fn access_track(spte: Spte) -> Spte {
         let mut bits = spte.0 & !PRESENT_ANY;
         bits |= if spte.0 & READ != 0 { SAVED_READ } else { 0 };

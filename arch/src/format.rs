@@ -260,6 +260,9 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
     /// What the processor lets a guest do through this leaf, ignoring the levels above it.
     fn perms(spte: Spte) -> Perms;
 
+    /// Whether a leaf that permits `perms` is one that the processor accepts.
+    fn can_express(perms: Perms) -> bool;
+
     /// Takes the permissions of a leaf away and saves them (all but write).
     fn access_track(spte: Spte) -> Spte;
 

@@ -154,6 +154,12 @@ impl Format for Npt {
         perms
     }
 
+    fn can_express(_perms: Perms) -> bool {
+        // Whatever is present can be read (APM 5.4.1), and one bit forbids fetches of both kinds: a page that is meant to
+        // be fetched or written only is readable as well, as with every MMU of this format.
+        true
+    }
+
     fn access_track(spte: Spte) -> Spte {
         let saved = if spte.0 & PRESENT != 0 {
             SAVED_PRESENT

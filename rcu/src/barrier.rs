@@ -11,8 +11,11 @@
 //!   loads too. A thread that is not running passed a full barrier when it was switched out. Sections are entered
 //!   hundreds of millions of times a second, grace periods are rare: the side that retires pays.
 //!
-//! The way is chosen once per process, when the first domain is made, and never changes: a section and a scan must not
-//! choose differently.
+//! A domain chooses its way when it is made and never changes it: a section and a scan must not choose differently. The
+//! symmetric way is the default. The other makes a section cheaper by about the price of a compare-exchange, but interrupts
+//! every processor that runs a thread of the process, one in guest mode included, for each grace period: microseconds
+//! where the symmetric way takes a fraction of one. It also needs `membarrier` for as long as the domain lives; a process
+//! that forbids itself the call later (seccomp) is aborted at the next grace period.
 
 // UNSAFETY: a system call.
 #![cfg_attr(
@@ -22,9 +25,9 @@
 
 use crate::sync::{Ordering, fence};
 
-pub(crate) use imp::{asymmetric, heavy};
+pub(crate) use imp::{can_be_asymmetric, heavy};
 
-/// The section's fence. `asymmetric` is what [`asymmetric`] answered when the reader was registered.
+/// The section's fence. `asymmetric` is the way of the domain.
 #[inline(always)]
 pub(crate) fn light(asymmetric: bool) {
     if asymmetric {
@@ -46,20 +49,19 @@ mod imp {
         unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
     }
 
-    /// Whether sections of this process rest on the asymmetric pair.
-    pub(crate) fn asymmetric() -> bool {
+    /// Whether this process can take the asymmetric way.
+    pub(crate) fn can_be_asymmetric() -> bool {
         *ASYMMETRIC.get_or_init(|| membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED))
     }
 
     /// The retire side's fence.
-    pub(crate) fn heavy() {
+    pub(crate) fn heavy(asymmetric: bool) {
         fence(Ordering::SeqCst);
-        if asymmetric() && !membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) {
+        if asymmetric && !membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) {
             // Registered, so the kernel has no reason to refuse. Going on without the barrier would free memory under
             // a reader; there is no other way to stop.
             std::process::abort();
         }
-        fence(Ordering::SeqCst);
     }
 }
 
@@ -67,13 +69,13 @@ mod imp {
 mod imp {
     use super::{Ordering, fence};
 
-    /// Whether sections of this process rest on the asymmetric pair.
-    pub(crate) fn asymmetric() -> bool {
+    /// Whether this process can take the asymmetric way.
+    pub(crate) fn can_be_asymmetric() -> bool {
         false
     }
 
     /// The retire side's fence.
-    pub(crate) fn heavy() {
+    pub(crate) fn heavy(_asymmetric: bool) {
         fence(Ordering::SeqCst);
     }
 }

@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 
 use crossbeam_epoch::Collector;
 
+use crate::barrier;
 use crate::counters::{Batch, Counters, Tally};
 use crate::queue::Queue;
 use crate::section::{Home, Reader, Registry};
@@ -66,13 +67,24 @@ impl<G: Send + 'static> Home for Inner<G> {
 impl<G: Send + 'static> Domain<G> {
     /// Makes a domain without readers.
     pub fn new(config: DomainConfig) -> Self {
+        Self::with_fences(config, false)
+    }
+
+    /// Makes a domain whose sections cost one fence less, at the price of grace periods that interrupt every running
+    /// thread of the process (`membarrier(2)`); see `barrier.rs`. The same as [`new`](Self::new) where the system has no
+    /// such call.
+    pub fn asymmetric(config: DomainConfig) -> Self {
+        Self::with_fences(config, barrier::can_be_asymmetric())
+    }
+
+    fn with_fences(config: DomainConfig, asymmetric: bool) -> Self {
         let tally = Arc::new(Tally::default());
         let bound = config.bound as u64;
         Self {
             inner: Arc::new(Inner {
                 queue: Mutex::new(Queue::new(&tally, bound / 2)),
                 collector: Collector::new(),
-                registry: Registry::new(),
+                registry: Registry::new(asymmetric),
                 tally,
                 bound,
             }),

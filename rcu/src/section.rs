@@ -118,11 +118,14 @@ pub(crate) struct Registry {
     // A lock, not another generation of reclamation: it is taken when a vCPU comes or goes and once per scan. A reader
     // that registers after a scan took the list locks after it, so all its sections see the unlinking.
     records: Mutex<Arc<Vec<Arc<Record>>>>,
+    /// The way of the fences.
+    asymmetric: bool,
 }
 
 impl Registry {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(asymmetric: bool) -> Self {
         Self {
+            asymmetric,
             records: Mutex::new(Arc::new(Vec::new())),
         }
     }
@@ -150,7 +153,7 @@ impl Registry {
         if records.is_empty() {
             return Laggards(Vec::new());
         }
-        barrier::heavy();
+        barrier::heavy(self.asymmetric);
         Laggards(
             records
                 .iter()
@@ -165,7 +168,7 @@ impl Registry {
         if records.is_empty() {
             return;
         }
-        barrier::heavy();
+        barrier::heavy(self.asymmetric);
         for records in records.chunks(SCAN) {
             // All words first, then the waits: the waits overlap, and no section that begins meanwhile is waited for.
             let mut words = [0; SCAN];
@@ -217,7 +220,7 @@ impl Reader {
     pub(crate) fn register(home: Arc<dyn Home>) -> Self {
         Self {
             record: home.registry().register(),
-            asymmetric: barrier::asymmetric(),
+            asymmetric: home.registry().asymmetric,
             home,
             _not_sync: PhantomData,
         }

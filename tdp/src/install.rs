@@ -207,8 +207,8 @@ impl<F: Format, H: Host> Context<F, H> {
     fn upgrade(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         if F::leaf_pfn(old, level) != request.pfn {
             // The backing changed without an invalidation: break before make.
+            let mut pending = PendingFlush::new(&self.shared);
             if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
-                let mut pending = PendingFlush::new(&self.shared);
                 pending.note(self.as_id, level.range(request.gfn), false);
                 pending.flush();
             }
@@ -237,13 +237,13 @@ impl<F: Format, H: Host> Context<F, H> {
     /// Replaces a table by one large leaf.
     fn collapse(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         let leaf = F::leaf(request.pfn, level, request.attrs);
+        let mut pending = PendingFlush::new(&self.shared);
         if entry::exchange::<F>(entry, level, old, leaf, &*self.shard).is_err() {
             return Next::Again;
         }
         let Some(below) = level.below() else {
             return Next::Again;
         };
-        let mut pending = PendingFlush::new(&self.shared);
         seal_subtree::<F, H>(&self.shared, F::pfn(old), below, &*self.shard, &mut pending);
         pending.note(self.as_id, level.range(request.gfn), true);
         pending.flush();
@@ -271,7 +271,8 @@ impl<F: Format, H: Host> Context<F, H> {
                 return Next::Done(mmio);
             }
             if F::is_leaf(old, level) {
-                return Next::Done(self.retry(RetryReason::SlotChanging));
+                // Mapped by hand where there is no slot: nothing to remember.
+                return Next::Done(mmio);
             }
             if F::is_mmu_present(old) {
                 return Next::Descend(F::pfn(old));

@@ -7,6 +7,10 @@
 //! critical section; it compares the sequence before and after, because a whole invalidation may have passed
 //! meanwhile (INV: no-stale-install).
 //!
+//! A fault reads the published ranges **once**, before its look-up, and judges by them until it is done: one that is
+//! not among them either had ended, and the look-up saw what it changed, or has yet to begin, and waits for the fault.
+//! One that ends meanwhile waits for nobody; looking again would miss it.
+//!
 //! The read side is one load of a pointer that is null while nothing is being invalidated.
 
 use crate::host::{AddressSpaceId, Host};
@@ -17,10 +21,20 @@ use crate::tlb::{Flushed, PendingFlush};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use tdp_arch::{Format, GfnRange};
+use tdp_rcu::Section;
 use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, Ordering};
 
 /// Ranges under invalidation.
 pub(crate) struct Ranges(Vec<(u64, AddressSpaceId, GfnRange)>);
+
+impl Ranges {
+    /// Whether a frame of `wanted` is among them.
+    pub(crate) fn overlap(&self, as_id: AddressSpaceId, wanted: GfnRange) -> bool {
+        self.0
+            .iter()
+            .any(|(_, space, range)| *space == as_id && range.overlaps(wanted))
+    }
+}
 
 /// State of invalidations.
 pub(crate) struct Invalidations {
@@ -58,29 +72,15 @@ impl Invalidations {
         !self.published.load(Ordering::Acquire).is_null()
     }
 
-    /// Whether a frame of `range` is being invalidated. The caller is inside a critical section.
-    #[inline]
-    pub(crate) fn overlaps(&self, as_id: AddressSpaceId, range: GfnRange) -> bool {
+    /// What is being invalidated now.
+    #[allow(unsafe_code)]
+    pub(crate) fn now<'s>(&self, _section: &'s Section<'_>) -> Option<&'s Ranges> {
         // Acquire: pairs with the Release of `publish`; what is pointed to is complete.
         let ranges = self.published.load(Ordering::Acquire);
-        if ranges.is_null() {
-            false
-        } else {
-            Self::overlaps_slow(ranges, as_id, range)
-        }
-    }
-
-    #[cold]
-    #[allow(unsafe_code)]
-    fn overlaps_slow(ranges: *const Ranges, as_id: AddressSpaceId, wanted: GfnRange) -> bool {
         // UNSAFETY: a pointer read by RCU.
-        // SAFETY: a replaced list is retired to the domain and the caller is inside a critical section that began before
-        // the pointer was loaded, so it lives until that section ends.
-        let ranges = unsafe { &*ranges };
-        ranges
-            .0
-            .iter()
-            .any(|(_, space, range)| *space == as_id && range.overlaps(wanted))
+        // SAFETY: null or from a box; a replaced list is retired to the domain of the section, which began before the
+        // pointer was loaded, so it lives until that section ends.
+        unsafe { ranges.as_ref() }
     }
 
     /// Publishes the writer's list and returns the one that it replaces.

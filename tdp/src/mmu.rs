@@ -13,8 +13,8 @@ use crate::tlb::PendingFlush;
 use crate::vcpu::Vcpu;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
-use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level};
-use tdp_rcu::sync::CachePadded;
+use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
+use tdp_rcu::sync::{AtomicU64, CachePadded};
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -70,6 +70,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     mmio_caching: bool,
     max_leaf: Level,
     garbage_bound: usize,
+    asymmetric_fences: bool,
     _format: PhantomData<F>,
 }
 
@@ -117,6 +118,14 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
+    /// Makes faults cheaper by a fence, and grace periods (invalidation, slot changes, reclamation) dearer: they then
+    /// interrupt every running thread of the process. The default is no. Linux with `std` only; elsewhere it changes
+    /// nothing.
+    pub fn asymmetric_fences(mut self, on: bool) -> Self {
+        self.asymmetric_fences = on;
+        self
+    }
+
     /// Makes the MMU.
     ///
     /// # Errors
@@ -142,6 +151,14 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 bits: self.physical_bits,
             });
         }
+        let config = DomainConfig {
+            bound: self.garbage_bound,
+        };
+        let domain = if self.asymmetric_fences {
+            Domain::asymmetric(config)
+        } else {
+            Domain::new(config)
+        };
         let host: SharedHost<H> = Arc::new(CachePadded::new(self.host));
         let meta = Arc::new(TableMeta::new(host.frames()));
         Ok(Mmu {
@@ -152,10 +169,10 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
                 max_leaf: self.max_leaf,
+                pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
+                unflushed: CachePadded::new(AtomicU64::new(0)),
                 roots: CachePadded::new(RootSet::new(self.levels, self.ad_bits)),
-                domain: CachePadded::new(Domain::new(DomainConfig {
-                    bound: self.garbage_bound,
-                })),
+                domain: CachePadded::new(domain),
                 shards: CachePadded::new(Shards::default()),
                 meta,
                 host,
@@ -173,6 +190,10 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
     pub(crate) max_leaf: Level,
+    /// First host frame that the processor cannot address.
+    pub(crate) pfn_limit: Pfn,
+    /// Sweeps, and faults that took something away, that have not flushed yet.
+    pub(crate) unflushed: CachePadded<AtomicU64>,
     /// Written by vCPUs that load a root and by sweeps.
     pub(crate) roots: CachePadded<RootSet<H>>,
     /// Written by whoever retires.
@@ -242,6 +263,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             mmio_caching: true,
             max_leaf: Level::L3,
             garbage_bound: 4096,
+            asymmetric_fences: false,
             _format: PhantomData,
         }
     }

@@ -15,13 +15,13 @@ use crate::entry::{self, EntryRef};
 use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
+use crate::invalidate::Ranges;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::table;
 use crate::vcpu::{Context, VcpuCore};
 use alloc::sync::Arc;
-use tdp_arch::addr::MAX_PHYSICAL_BITS;
-use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, PAGE_SHIFT, Perms, Pfn};
+use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Perms, Pfn};
 use tdp_rcu::Section;
 
 /// What the fast path came to.
@@ -39,12 +39,6 @@ pub(crate) enum Resolution<B> {
     Done(Outcome),
     /// The look-up has to sleep, outside. Holds the slot and the invalidation sequence before it.
     Sleep(Arc<Slot<B>>, u64),
-}
-
-/// Whether an entry can name `pfn`. A host that answers with another number has no page there.
-#[inline(always)]
-fn is_nameable(pfn: Pfn) -> bool {
-    pfn.0 >> (MAX_PHYSICAL_BITS - PAGE_SHIFT) == 0
 }
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
@@ -88,7 +82,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         access: Access,
         prefetch: bool,
     ) -> Fast {
-        let odd = !mapping.perms.contains(access.needs()) | !is_nameable(mapping.pfn);
+        // Any format can express what may at least be read.
+        let usable = mapping.perms.contains(access.needs().union(Perms::READ));
+        let odd = !usable | (mapping.pfn >= self.ctx.shared.pfn_limit);
         if odd | self.ctx.root.is_obsolete() {
             return Fast::GaveUp;
         }
@@ -115,7 +111,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.root.is_obsolete() {
             return Resolution::Done(self.ctx.retry(RetryReason::RootObsolete));
         }
-        if self.ctx.is_invalidated(gfn, Level::L1) {
+        let invalidated = self.ctx.shared.invalidations.now(section);
+        if self.ctx.is_among(invalidated, gfn, Level::L1) {
             return Resolution::Done(self.ctx.retry(RetryReason::Invalidation));
         }
         let Some(slot) = self.find_slot(section, gfn) else {
@@ -135,31 +132,16 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 slot.flags(),
                 slot.level_at(gfn, fault.max_level.min(mapping.level)),
             );
-            return Resolution::Done(self.install_backed(fault, flags, goal, mapping));
+            return Resolution::Done(self.install_backed(fault, flags, goal, mapping, invalidated));
         }
-        self.resolve_unmapped(section, fault, lookup)
-    }
-
-    #[cold]
-    fn resolve_unmapped(
-        &mut self,
-        section: &Section<'_>,
-        fault: Fault,
-        lookup: Lookup,
-    ) -> Resolution<H::Backing> {
-        match (
-            lookup,
-            self.ctx
-                .shared
-                .slots
-                .find(section, self.ctx.as_id, fault.gpa.gfn()),
-        ) {
-            (Lookup::Blocking, Some(slot)) => {
-                Resolution::Sleep(slot.clone(), self.ctx.shared.invalidations.sequence())
+        Resolution::Done(match lookup {
+            Lookup::Blocking => {
+                let sequence = self.ctx.shared.invalidations.sequence();
+                return Resolution::Sleep(slot.clone(), sequence);
             }
-            (Lookup::Failed, _) => Resolution::Done(self.ctx.memory_fault(MemoryFault::NotBacked)),
-            _ => Resolution::Done(self.ctx.retry(RetryReason::Backing)),
-        }
+            Lookup::Failed => self.ctx.memory_fault(MemoryFault::NotBacked),
+            _ => self.ctx.retry(RetryReason::Backing),
+        })
     }
 
     /// Goes on inside a new critical section with what a sleeping look-up found.
@@ -178,17 +160,18 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // INV: no-stale-install: an invalidation that is under way is seen by its range, one that has passed by the
         // sequence; a slot that was replaced is another one.
         let invalidations = &self.ctx.shared.invalidations;
-        if self.ctx.is_invalidated(gfn, Level::L1) || invalidations.sequence() != sequence {
+        let invalidated = invalidations.now(section);
+        if self.ctx.is_among(invalidated, gfn, Level::L1) || invalidations.sequence() != sequence {
             return self.ctx.retry(RetryReason::Invalidation);
         }
         match self.ctx.shared.slots.find(section, self.ctx.as_id, gfn) {
-            Some(slot) if Arc::ptr_eq(slot, slept_on) => {}
+            Some(slot) if Arc::ptr_eq(slot, slept_on) && !slot.changing => {}
             _ => return self.ctx.retry(RetryReason::SlotChanging),
         }
         match lookup {
             Lookup::Mapped(mapping) => {
                 let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
-                self.install_backed(fault, slept_on.flags(), goal, mapping)
+                self.install_backed(fault, slept_on.flags(), goal, mapping, invalidated)
             }
             Lookup::Failed => self.ctx.memory_fault(MemoryFault::NotBacked),
             Lookup::Blocking | Lookup::Retry => self.ctx.retry(RetryReason::Backing),
@@ -201,32 +184,34 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         flags: SlotFlags,
         goal: Level,
         mapping: Mapping,
+        invalidated: Option<&Ranges>,
     ) -> Outcome {
         let mut perms = mapping.perms;
         if flags.contains(SlotFlags::READ_ONLY) {
             perms = perms.difference(Perms::WRITE);
         }
-        if !perms.contains(fault.access.needs()) {
-            return self.ctx.memory_fault(MemoryFault::NotPermitted);
-        }
-        self.install_mapping(fault, goal, mapping, perms)
+        self.install_mapping(fault, goal, mapping, perms, invalidated)
     }
 
-    /// Installs a mapping whose permissions were checked.
+    /// Checks a mapping and installs it.
     pub(crate) fn install_mapping(
         &mut self,
         fault: Fault,
         goal: Level,
         mapping: Mapping,
         perms: Perms,
+        invalidated: Option<&Ranges>,
     ) -> Outcome {
-        if !is_nameable(mapping.pfn) {
+        if !perms.contains(fault.access.needs()) || !F::can_express(perms) {
+            return self.ctx.memory_fault(MemoryFault::NotPermitted);
+        }
+        if mapping.pfn >= self.ctx.shared.pfn_limit {
             return self.ctx.memory_fault(MemoryFault::NotBacked);
         }
         let gfn = fault.gpa.gfn();
         let mut goal = self.ctx.aligned(gfn, mapping.pfn, goal);
         // INV: no-stale-install: a large leaf brings back no neighbour that is being invalidated.
-        while goal > Level::L1 && self.ctx.is_invalidated(gfn, goal) {
+        while goal > Level::L1 && self.ctx.is_among(invalidated, gfn, goal) {
             goal = goal.below_or_leaf();
         }
         let attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
@@ -307,11 +292,9 @@ impl<F: Format, H: Host> Context<F, H> {
         goal
     }
 
-    /// Whether a frame of `gfn`'s block of `level` is being invalidated.
-    fn is_invalidated(&self, gfn: Gfn, level: Level) -> bool {
-        self.shared
-            .invalidations
-            .overlaps(self.as_id, level.range(gfn))
+    /// Whether a frame of `gfn`'s block of `level` is among those under invalidation.
+    fn is_among(&self, invalidated: Option<&Ranges>, gfn: Gfn, level: Level) -> bool {
+        invalidated.is_some_and(|ranges| ranges.overlap(self.as_id, level.range(gfn)))
     }
 
     #[cold]

@@ -28,15 +28,30 @@ pub struct PendingFlush<'a, F: Format, H: Host> {
     request: Option<FlushRequest>,
     pub(crate) tables: Vec<Pfn>,
     leaves: u64,
+    /// Counted among the unflushed.
+    open: bool,
 }
 
 impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
+    /// Opened before the first entry is changed: whoever finds an entry empty that this sweep emptied also finds the
+    /// sweep counted, for as long as it has not flushed.
     pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
+        // AcqRel: the exchanges that follow publish it; pairs with the Acquire in `settle`.
+        shared.unflushed.fetch_add(1, Ordering::AcqRel);
         Self {
             shared,
             request: None,
             tables: Vec::new(),
             leaves: 0,
+            open: true,
+        }
+    }
+
+    /// Ends a sweep of `range`. Frames that another sweep or fault has emptied and not flushed yet are flushed by this one
+    /// too: that it found nothing there does not mean that no vCPU does (INV: flush-before-reuse).
+    pub(crate) fn settle(&mut self, as_id: crate::AddressSpaceId, range: GfnRange) {
+        if self.shared.unflushed.load(Ordering::Acquire) > 1 {
+            self.note(as_id, range, true);
         }
     }
 
@@ -80,9 +95,14 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     fn run(&mut self) {
         // Taken before the host is called: if its flush panics the tables are leaked, never freed unflushed.
         let frames = core::mem::take(&mut self.tables);
+        let open = core::mem::take(&mut self.open);
         if let Some(request) = self.request.take() {
             self.shared.shards.sweeps.add(Stat::Flushes, 1);
             self.shared.host.flush(&request);
+        }
+        if open {
+            // Release: the flush is over for whoever reads the lower count. A sweep whose flush panicked stays counted.
+            self.shared.unflushed.fetch_sub(1, Ordering::Release);
         }
         if !frames.is_empty() {
             // INV: flush-before-reuse: unlinked, sealed and flushed; the grace period is the domain's.

@@ -342,13 +342,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if gfn >= self.ctx.root.limit() {
             return self.ctx.memory_fault(MemoryFault::BeyondWidth);
         }
-        if !mapping.perms.contains(access.needs()) {
-            return self.ctx.memory_fault(MemoryFault::NotPermitted);
-        }
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }
-        self.install_mapping(fault, mapping.level, mapping, mapping.perms)
+        self.install_mapping(fault, mapping.level, mapping, mapping.perms, None)
     }
 
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation
@@ -404,7 +401,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         &mut self,
         section: &'s Section<'_>,
         gfn: Gfn,
-    ) -> Option<&'s Slot<H::Backing>> {
+    ) -> Option<&'s Arc<Slot<H::Backing>>> {
         let snapshot = self.ctx.shared.slots.snapshot(section);
         let slot = snapshot.find(self.ctx.as_id, gfn)?;
         self.hint = SlotHint {

@@ -38,6 +38,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         for root in self.roots.of(as_id) {
             self.zap_in_root(&root, range, scope, &mut pending);
         }
+        pending.settle(as_id, range);
         pending
     }
 

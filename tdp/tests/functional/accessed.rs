@@ -14,52 +14,42 @@ both_formats! {
     /// The processor reads through a large leaf that nobody has used, which sets its accessed bit, while a fault of
     /// another vCPU splits it.
     fn a_split_keeps_the_accessed_bit<F>() {
-        meet::<F>(Level::L2, Level::L1, Gpa(0x1000));
-    }
-
-    /// The same with a fault that widens the leaf in place.
-    fn a_widening_keeps_the_accessed_bit<F>() {
-        meet::<F>(Level::L1, Level::L1, Gpa(0));
-    }
-}
-
-/// A prefetched leaf of `level`, read by the processor at address 0 while `write` is resolved by a leaf of `goal`.
-fn meet<F: crate::common::processor::Processor>(level: Level, goal: Level, write: Gpa) {
-    let rig = Rig::<F>::new();
-    let slot = Slot::new(Gfn(0)..Gfn(512), Memory::new(Pfn(1 << 20), level));
-    rig.mmu.slots().insert(slot).expect("the first slot");
-    let mut cpu = rig.processor(rig.vcpu());
-    let mut vcpu = rig.vcpu();
-    for round in 0..ROUNDS {
-        rig.host().permit(Perms::RX);
-        let prefetch = Fault {
-            prefetch: true,
-            ..Fault::read(Gpa(0))
-        };
-        assert_eq!(vcpu.fault(prefetch), Ok(Outcome::Fixed { level }));
-        rig.host().permit(Perms::RWX);
-        let started = AtomicBool::new(false);
-        let (touched, outcome) = std::thread::scope(|scope| {
-            let processor = scope.spawn(|| {
-                started.store(true, Ordering::Release);
-                cpu.touch(Gpa(0), Access::Read)
+        let rig = Rig::<F>::new();
+        let slot = Slot::new(Gfn(0)..Gfn(512), Memory::new(Pfn(1 << 20), Level::L2));
+        rig.mmu.slots().insert(slot).expect("the first slot");
+        let mut cpu = rig.processor(rig.vcpu());
+        let mut vcpu = rig.vcpu();
+        for round in 0..ROUNDS {
+            rig.host().permit(Perms::RX);
+            let prefetch = Fault {
+                prefetch: true,
+                ..Fault::read(Gpa(0))
+            };
+            assert_eq!(vcpu.fault(prefetch), Ok(Outcome::Fixed { level: Level::L2 }));
+            rig.host().permit(Perms::RWX);
+            let started = AtomicBool::new(false);
+            let (touched, outcome) = std::thread::scope(|scope| {
+                let processor = scope.spawn(|| {
+                    started.store(true, Ordering::Release);
+                    cpu.touch(Gpa(0), Access::Read)
+                });
+                while !started.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                // The two have to meet: one of them is a little late, now more, now less.
+                for _ in 0..round % 64 * 16 {
+                    std::hint::spin_loop();
+                }
+                let outcome = vcpu.fault(Fault::write(Gpa(0x1000)).max_level(Level::L1));
+                (processor.join(), outcome)
             });
-            while !started.load(Ordering::Acquire) {
-                std::hint::spin_loop();
-            }
-            // The two have to meet: one of them is a little late, now more, now less.
-            for _ in 0..round % 64 * 16 {
-                std::hint::spin_loop();
-            }
-            let outcome = vcpu.fault(Fault::write(write).max_level(goal));
-            (processor.join(), outcome)
-        });
-        assert_eq!(outcome, Ok(Outcome::Fixed { level: goal }));
-        let touched = touched.expect("the processor goes on");
-        assert!(touched.result.is_ok() && touched.walked);
-        let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it is mapped");
-        assert_eq!(leaf.level, goal);
-        assert!(leaf.spte.0 & F::ACCESSED != 0, "round {round}: {leaf:?}");
-        rig.mmu.zap(SPACE, Gfn(0)..Gfn(512)).flush();
+            assert_eq!(outcome, Ok(Outcome::Fixed { level: Level::L1 }));
+            let touched = touched.expect("the processor goes on");
+            assert!(touched.result.is_ok() && touched.walked);
+            let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it is mapped");
+            assert_eq!(leaf.level, Level::L1);
+            assert!(leaf.spte.0 & F::ACCESSED != 0, "round {round}: {leaf:?}");
+            rig.mmu.zap(SPACE, Gfn(0)..Gfn(512)).flush();
+        }
     }
 }

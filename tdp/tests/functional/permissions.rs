@@ -65,8 +65,9 @@ both_formats! {
         assert_eq!(rig.mmu.stats().memory_faults, 2);
     }
 
-    /// Accessed and dirty bits that the processor set survive a widening.
-    fn widening_keeps_accessed_and_dirty<F>() {
+    /// A new leaf is accessed unless nobody asked for it, and dirty if it may be written; then the processor sets the
+    /// bits.
+    fn the_processor_sets_accessed_and_dirty<F>() {
         let rig = rig_with::<F>(Level::L1);
         rig.host().permit(Perms::READ);
         let mut cpu = rig.processor(rig.vcpu());
@@ -81,6 +82,19 @@ both_formats! {
         assert!(cpu.run(Gpa(0), Access::Write).is_ok());
         let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it was fixed");
         assert_eq!(flags::<F>(leaf), (true, true));
+    }
+
+    /// The dirty bit survives a widening by a mapping that says nothing of writes.
+    fn widening_keeps_the_dirty_bit<F>() {
+        let rig = rig_with::<F>(Level::L1);
+        rig.host().permit(Perms::RW);
+        let mut cpu = rig.processor(rig.vcpu());
+        assert!(cpu.run(Gpa(0), Access::Write).is_ok());
+        rig.host().permit(Perms::RX);
+        assert!(cpu.run(Gpa(0), Access::Execute).is_ok());
+        let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it was fixed");
+        assert_eq!(flags::<F>(leaf), (true, true));
+        rig.assert_maps(&mut cpu.vcpu, Gfn(0), Pfn(BASE), Level::L1, Perms::RWX);
     }
 
     /// A prefetch takes any leaf for good, and does not touch it.
