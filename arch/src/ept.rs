@@ -205,9 +205,13 @@ impl Format for Ept {
     fn fault_code(raw: u64) -> FaultCode {
         // SDM 28.2.1, exit qualification for EPT violations. A read-modify-write sets bits 0 and 1; a walk of guest
         // tables with accessed/dirty flags on does too. Bits 5:3 and 6 are the permissions of the entries walked;
-        // bit 8 is clear, with bit 7 set, if the access was to a guest paging structure.
+        // bit 8 is clear, with bit 7 set, if the access was to a guest paging structure. Whether a fetch was in user mode
+        // is told (bit 9) only by processors with advanced information, and undefined on others; but a fetch that was
+        // refused although bit 5 permits supervisor mode's cannot have been supervisor mode's.
         let access = if raw & 1 << 1 != 0 {
             Access::Write
+        } else if raw & (1 << 2 | 1 << 5) == 1 << 2 | 1 << 5 {
+            Access::UserExecute
         } else if raw & 1 << 2 != 0 {
             Access::Execute
         } else {

@@ -342,6 +342,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if gfn >= self.ctx.root.limit() {
             return self.ctx.memory_fault(MemoryFault::BeyondWidth);
         }
+        if !mapping.perms.contains(access.needs()) {
+            return self.ctx.memory_fault(MemoryFault::NotPermitted);
+        }
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }

@@ -232,7 +232,7 @@ pub(crate) fn scenes() -> impl Strategy<Value = Scene> {
     let numbers = (any::<u64>(), any::<u64>());
     (setups(), leaf_levels(), numbers).prop_flat_map(|(setup, level, (frame, address))| {
         let frames = 1u64 << (setup.physical_bits - 12);
-        let pfn = Pfn(frame % frames & !(level.pages() - 1));
+        let pfn = Pfn((frame % frames) & !(level.pages() - 1));
         let width = if setup.root_level == Level::L4 {
             48
         } else {

@@ -2,7 +2,6 @@
 //! walker, which shares no constant with them.
 
 mod machine;
-#[allow(dead_code, reason = "shared with other tests")]
 #[path = "../walker_support/mod.rs"]
 mod walker_support;
 

@@ -110,7 +110,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         let mut zapped = 0;
         let mut block = 0;
         while vcpus.iter().any(|vcpu| !vcpu.is_finished()) {
-            let start = Gfn(block % (GUEST.pages() >> 9) << 9);
+            let start = Gfn((block % (GUEST.pages() >> 9)) << 9);
             let pending = mmu.zap(AddressSpaceId(0), Level::L2.range(start));
             zapped += pending.leaves();
             pending.flush();

@@ -2,6 +2,8 @@
 
 use super::host::{SharedPool, TestHost};
 use super::processor::{Processor, ProcessorSetup, Report, guest_access, perms};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 use tdp::{
     Access, AdBits, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
     Outcome, Perms, Pfn, PoolConfig, Spte, TableMemory, TlbVcpu, Vcpu,
@@ -302,4 +304,10 @@ impl<F: Processor> Cpu<F> {
         }
         panic!("{access:?} at {gpa} faults for ever");
     }
+}
+
+/// Waits for what another thread has to say. It fails where waiting for ever would hang the test.
+pub(crate) fn hear<T>(from: &Receiver<T>) -> T {
+    from.recv_timeout(Duration::from_secs(30))
+        .expect("the other thread gets there")
 }

@@ -2,7 +2,7 @@
 
 use crate::common::host::{Answer, BlockingAnswer, Memory};
 use crate::common::processor::{Processor, Report};
-use crate::common::rig::Rig;
+use crate::common::rig::{Rig, hear};
 use tdp::{
     Access, AddressSpaceId, Fault, Gfn, GfnRange, Gpa, Level, Lookup, MemoryFault, Outcome, Perms,
     Pfn, RetryReason, Slot, SlotFlags, SlotId,
@@ -174,11 +174,11 @@ both_formats! {
         let host = std::thread::spawn(move || {
             let invalidation = mmu.invalidate_begin(SPACE, Gfn(0)..Gfn(1));
             begin.send(()).expect("somebody listens");
-            ended.recv().expect("somebody speaks");
+            hear(&ended);
             drop(invalidation);
         });
         rig.host().script().while_asleep =
-            Some(Box::new(move || began.recv().expect("it begins")));
+            Some(Box::new(move || hear(&began)));
         assert_eq!(vcpu.fault(Fault::read(Gpa(0))), retry(RetryReason::Invalidation));
         end.send(()).expect("somebody listens");
         host.join().expect("nothing goes wrong");

@@ -4,7 +4,7 @@
 use super::invalidation::rig_with;
 use crate::common::host::{Answer, BlockingAnswer};
 use crate::common::processor::{Processor, Report};
-use crate::common::rig::{Cpu, Rig};
+use crate::common::rig::{Cpu, Rig, hear};
 use std::sync::mpsc::channel;
 use tdp::{Access, AddressSpaceId, Fault, Gfn, Gpa, Level, Outcome, Perms, Pfn, SlotId};
 
@@ -62,10 +62,10 @@ both_formats! {
         let (done, goes_on) = channel::<()>();
         rig.host().script().while_flushing = Some(Box::new(move || {
             sealed.send(()).expect("somebody listens");
-            goes_on.recv().expect("somebody speaks");
+            hear(&goes_on);
         }));
         let teardown = std::thread::spawn(move || mmu.invalidate_roots().finish());
-        wait.recv().expect("it flushes");
+        hear(&wait);
         give_away(&rig);
         // The vCPU has not loaded its root anew; it enters with the old one.
         assert_cannot_reach(&mut cpu);
@@ -97,10 +97,10 @@ both_formats! {
         let (done, goes_on) = channel::<()>();
         rig.host().script().while_flushing = Some(Box::new(move || {
             taken.send(()).expect("somebody listens");
-            goes_on.recv().expect("somebody speaks");
+            hear(&goes_on);
         }));
         let fault = std::thread::spawn(move || other.fault(Fault::write(Gpa(0))));
-        wait.recv().expect("it flushes");
+        hear(&wait);
         // That fault is inside its critical section, so an invalidation would wait for it. A plain sweep does not, and
         // its flush says all the same that the page cannot be reached any more.
         rig.mmu.zap_leaves(SPACE, Gfn(0)..Gfn(1)).flush();
@@ -154,17 +154,17 @@ both_formats! {
         let host = std::thread::spawn(move || {
             let invalidation = mmu.invalidate_begin(SPACE, Gfn(0)..Gfn(1));
             begun.send(()).expect("somebody listens");
-            goes_on.recv().expect("somebody speaks");
+            hear(&goes_on);
             let flushed = invalidation.zap().flush();
             mmu.host().script().moved.insert(BASE, Pfn(9 * BASE));
             invalidation.end(flushed);
             ended.send(()).expect("somebody listens");
         });
-        wait.recv().expect("it begins");
+        hear(&wait);
         // The page is found, and then the invalidation ends.
         rig.host().script().while_looking = Some(Box::new(move || {
             go.send(()).expect("somebody listens");
-            is_over.recv().expect("it ends");
+            hear(&is_over);
         }));
         let _ = vcpu.fault(Fault::read(Gpa(0x1000))).expect("there are frames");
         host.join().expect("nothing goes wrong");
@@ -188,7 +188,7 @@ both_formats! {
         let (done, goes_on) = channel::<()>();
         rig.host().script().while_flushing = Some(Box::new(move || {
             flushing.send(()).expect("somebody listens");
-            goes_on.recv().expect("somebody speaks");
+            hear(&goes_on);
         }));
         let (mmu, (started, removal)) = (rig.mmu.clone(), channel());
         rig.host().script().while_looking = Some(Box::new(move || {
@@ -202,11 +202,11 @@ both_formats! {
             started.send(remover).expect("somebody listens");
         }));
         rig.host().script().while_asleep =
-            Some(Box::new(move || is_flushing.recv().expect("it flushes")));
+            Some(Box::new(move || hear(&is_flushing)));
         rig.host().set_answer(Answer::Blocking(BlockingAnswer::Page));
         let outcome = vcpu.fault(Fault::read(Gpa(0))).expect("there are frames");
         done.send(()).expect("somebody listens");
-        let remover = removal.recv().expect("the look-up ran");
+        let remover = hear(&removal);
         remover.join().expect("nothing goes wrong").expect("the slot was there");
         assert!(matches!(outcome, Outcome::Retry(_)), "{outcome:?}");
         rig.assert_absent(&mut vcpu, Gfn(0), Report::Absent);

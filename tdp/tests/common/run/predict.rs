@@ -116,6 +116,10 @@ impl<F: Processor> Run<'_, F> {
         let Some(slot) = self.slot_at(space, gfn) else {
             return self.predict_mmio(n, fault);
         };
+        let read_only = slot.flags.contains(SlotFlags::READ_ONLY);
+        if read_only && fault.access.is_write() {
+            return Outcome::Mmio { read_only: true };
+        }
         let lookup = match self.answer {
             Answer::Fixed(lookup) => Some(lookup),
             Answer::Blocking(_) if batch => Some(Lookup::Blocking),
@@ -128,10 +132,7 @@ impl<F: Processor> Run<'_, F> {
             None => {}
         }
         let mut allowed = self.permitted;
-        if slot.flags.contains(SlotFlags::READ_ONLY) {
-            if fault.access.is_write() {
-                return Outcome::Mmio { read_only: true };
-            }
+        if read_only {
             allowed = allowed.difference(Perms::WRITE);
         }
         if !allowed.contains(fault.access.needs()) {
@@ -240,9 +241,9 @@ impl<F: Processor> Run<'_, F> {
         let gfn = fault.gpa.gfn();
         let bits = self.rig.setup.physical_bits;
         let cached = !self.setup.no_mmio_caching && F::mmio(gfn, 0, bits).is_some();
-        if cached && !self.tree(n).install_mmio(gfn.0) {
-            // A bare map where there is no slot.
-            return Outcome::Retry(RetryReason::SlotChanging);
+        if cached {
+            // Nothing is remembered over a bare map where there is no slot.
+            let _ = self.tree(n).install_mmio(gfn.0);
         }
         Outcome::Mmio { read_only: false }
     }
