@@ -43,7 +43,7 @@ impl Fault {
         Self::new(gpa, Access::Execute)
     }
 
-    /// What the processor reported, decoded by [`Format::fault_code`].
+    /// What the processor reported, decoded by [`Format::fault_code`](crate::Format::fault_code).
     pub const fn from_code(code: FaultCode, gpa: Gpa) -> Self {
         Self::new(gpa, code.access)
     }

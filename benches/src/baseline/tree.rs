@@ -5,7 +5,7 @@
 //!
 //! Tables are taken from the arena and linked, which is rare, under a lock; none is ever unlinked, so that nothing here
 //! needs reclamation. What an
-//! entry may hold is kept by this module alone: [`Table::link`] is the only writer of an entry that points to a
+//! entry may hold is kept by this module alone: `Table::link` is the only writer of an entry that points to a
 //! table, and every other entry that is written is a leaf of the table's own level.
 
 // UNSAFETY: turns the address in an entry into a reference, and maps the arena.
