@@ -5,6 +5,7 @@ use crate::race::{Contender, Footprint, Translation};
 use crate::report::Error;
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
+use tdp::protected::Unprotected;
 use tdp::{
     Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot,
     Lookup, Mapping, MmapPool, Mmu, OutOfFrames, Outcome, Perms, PoolConfig, Slot, SoftwareHost,
@@ -83,6 +84,11 @@ pub struct BenchHost {
 impl Host for BenchHost {
     type Frames = MmapPool;
     type Backing = LinearBacking;
+    type Protected = Unprotected;
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
 
     #[inline(always)]
     fn frames(&self) -> &MmapPool {

@@ -172,6 +172,57 @@ impl Backoff {
     }
 }
 
+/// A local wait for something that may take as long as a call into firmware: spins, then yields, then sleeps (with std)
+/// for longer each time, up to a millisecond. Whoever waits holds nothing that others wait for.
+#[derive(Debug, Default)]
+pub struct Pause {
+    steps: u32,
+}
+
+impl Pause {
+    /// Steps after which a bounded wait is over: about a hundred milliseconds with std.
+    const BOUND: u32 = if cfg!(loom) { 2 } else { 160 };
+
+    /// Makes a wait that has not begun.
+    pub const fn new() -> Self {
+        Self { steps: 0 }
+    }
+
+    /// Waits a little, longer each time.
+    pub fn wait(&mut self) {
+        let step = self.steps;
+        self.steps = step.saturating_add(1);
+        #[cfg(loom)]
+        loom::thread::yield_now();
+        #[cfg(not(loom))]
+        match step {
+            0..6 => (0..1u32 << step).for_each(|_| spin_loop()),
+            _ => Self::rest(step),
+        }
+    }
+
+    #[cfg(all(feature = "std", not(loom)))]
+    fn rest(step: u32) {
+        match step {
+            0..24 => std::thread::yield_now(),
+            // 16 microseconds, doubled every eighth step.
+            _ => std::thread::sleep(core::time::Duration::from_micros(
+                16 << ((step - 24) / 8).min(6),
+            )),
+        }
+    }
+
+    #[cfg(not(any(feature = "std", loom)))]
+    fn rest(_step: u32) {
+        (0..256).for_each(|_| spin_loop());
+    }
+
+    /// Whether it has waited as long as a bounded wait should.
+    pub fn is_over(&self) -> bool {
+        self.steps >= Self::BOUND
+    }
+}
+
 mod plain {
     //! A word that no model follows.
 
@@ -184,6 +235,11 @@ mod plain {
     pub struct Plain(AtomicU64);
 
     impl Plain {
+        /// A word that holds `value`.
+        pub const fn new(value: u64) -> Self {
+            Self(AtomicU64::new(value))
+        }
+
         /// The word now.
         #[inline(always)]
         pub fn get(&self) -> u64 {

@@ -6,13 +6,15 @@
 //!   the pointer sees every entry of the child initialised; INV: publish-complete);
 //! * exchange one value for another ([`exchange`], [`install_leaf`]): compare-exchange, then bookkeeping with the value
 //!   that was really replaced (INV: volatile-atomic, one-choke-point);
-//! * seal it ([`EntryRef::seal`]): only for entries of a table that is no longer linked (INV: unlink-seals).
+//! * seal it ([`EntryRef::seal`]): only for entries of a table that is no longer linked (INV: unlink-seals);
+//! * in a private table, freeze it ([`EntryRef::freeze`]), which makes the caller its owner, and end that by a store
+//!   ([`EntryRef::thaw`]). A frozen entry is not live: no processor and no other thread changes it (INV: frozen-owns).
 //!
 //! Nothing here ever stores to a live entry without comparing: the processor may set accessed and dirty bits between
 //! any two instructions.
 
 use crate::stats::{Stat, Tally};
-use tdp_arch::{Format, Gfn, Level, Spte};
+use tdp_arch::{Format, Level, Spte};
 use tdp_rcu::sync::{Atomic, Backoff, Ordering};
 
 /// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
@@ -47,12 +49,6 @@ impl TablePage {
         self.entries.get(index).map(EntryRef)
     }
 
-    /// The entry of `gfn` in a table of `level`. There always is one, except in a model checker's short tables.
-    #[inline(always)]
-    pub(crate) fn entry_at(&self, gfn: Gfn, level: Level) -> Option<EntryRef<'_>> {
-        self.get(level.index(gfn))
-    }
-
     /// Fills a page that no one else can reach yet.
     pub(crate) fn fill(&self, mut value: impl FnMut(usize) -> Spte) {
         for (index, entry) in self.entries.iter().enumerate() {
@@ -84,7 +80,7 @@ impl TablePage {
 }
 
 /// One entry of a table page.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct EntryRef<'a>(&'a Atomic<Spte>);
 
 impl EntryRef<'_> {
@@ -92,6 +88,34 @@ impl EntryRef<'_> {
     #[inline(always)]
     pub(crate) fn load(self) -> Spte {
         self.0.load(Ordering::Acquire)
+    }
+
+    /// Exchanges `old` for the *frozen* pattern, which makes the caller the entry's owner. `Err` holds the value found.
+    #[inline(always)]
+    pub(crate) fn freeze<F: Format>(self, old: Spte) -> Result<(), Spte> {
+        debug_assert!(
+            old != F::SEALED && old != F::FROZEN,
+            "never taken from another owner"
+        );
+        // Acquire: pairs with the Release of `thaw`, so that what the last owner did to the protected table came before.
+        self.0
+            .compare_exchange(old, F::FROZEN, Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
+    }
+
+    /// Ends the ownership of a frozen entry: stores what it is to hold from now on.
+    #[inline(always)]
+    pub(crate) fn thaw(self, new: Spte) {
+        // INV: frozen-owns: nobody else writes a frozen entry, so a store loses nothing. Release: pairs with the Acquire
+        // load of whoever finds `new` and goes on below it, or freezes it next (INV: publish-complete).
+        self.0.store(new, Ordering::Release);
+    }
+
+    /// Exchanges `old` for the *sealed* pattern, in a table whose own entry is frozen by the caller.
+    pub(crate) fn seal_if<F: Format>(self, old: Spte) -> Result<(), Spte> {
+        self.0
+            .compare_exchange(old, F::SEALED, Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
     }
 
     /// Puts the *sealed* pattern into an entry of an unlinked table and returns what it replaced, hardware's last

@@ -15,6 +15,9 @@ pub struct Fault {
     pub prefetch: bool,
     /// Largest leaf to install.
     pub max_level: Level,
+    /// The access was to private memory. Says nothing where a bit of the address does
+    /// ([`MmuBuilder::shared_bit`](crate::MmuBuilder::shared_bit)).
+    pub private: bool,
 }
 
 impl Fault {
@@ -25,6 +28,7 @@ impl Fault {
             access,
             prefetch: false,
             max_level: Level::L3,
+            private: false,
         }
     }
 
@@ -48,7 +52,15 @@ impl Fault {
         Self::new(gpa, code.access)
     }
 
-    /// Limits the leaf to `level`.
+    /// Marks it as an access to private memory.
+    #[must_use]
+    pub const fn private(mut self) -> Self {
+        self.private = true;
+        self
+    }
+
+    /// Limits the leaf to `level`. On private memory a larger leaf is split: the guest accepts memory by leaves of this
+    /// size.
     #[must_use]
     pub const fn max_level(mut self, level: Level) -> Self {
         self.max_level = level;
@@ -120,6 +132,15 @@ pub enum MemoryFault {
     NotBacked,
     /// The backing does not permit the access.
     NotPermitted,
+    /// The access was to shared memory and the frame is private: the embedder decides whether to
+    /// [convert](crate::Mmu::convert) it.
+    IsPrivate,
+    /// The access was to private memory and the frame is shared.
+    IsShared,
+    /// The guest is being built: its private memory cannot fault yet.
+    NotFinalised,
+    /// The trusted module refused the page, or gave the VM up.
+    Refused,
 }
 
 /// How a fault ended.

@@ -7,6 +7,7 @@
 //! (INV: flush-before-reuse).
 
 use crate::entry::TablePage;
+use crate::protected::ProtectedTable;
 use crate::slots::Slot;
 use alloc::sync::Arc;
 use core::ops::Range;
@@ -123,9 +124,14 @@ pub trait Host: Send + Sync + 'static {
     type Frames: FrameSource;
     /// What a memory slot knows of its backing.
     type Backing: Clone + Send + Sync + 'static;
+    /// The hook to the trusted module of a confidential guest; [`Unprotected`](crate::protected::Unprotected) for others.
+    type Protected: ProtectedTable;
 
     /// The frame source.
     fn frames(&self) -> &Self::Frames;
+
+    /// The hook to the trusted module.
+    fn protected(&self) -> &Self::Protected;
 
     /// Which host frame backs `gfn`, a frame of `slot`, for `access`. Called inside a critical section: must neither
     /// sleep nor call back into the MMU.
@@ -135,6 +141,19 @@ pub trait Host: Send + Sync + 'static {
     /// [`Lookup::Blocking`]; if it answers that too, the fault is to be retried.
     fn lookup_blocking(&self, slot: &Slot<Self::Backing>, gfn: Gfn, access: Access) -> Lookup {
         let _ = (slot, gfn, access);
+        Lookup::Failed
+    }
+
+    /// Which host frame is to be given to the guest as private memory at `gfn`, a frame of `slot`: as
+    /// [`lookup`](Host::lookup). A page is given once; it comes back when what it is mapped by has been removed.
+    fn lookup_private(&self, slot: &Slot<Self::Backing>, gfn: Gfn) -> Lookup {
+        let _ = (slot, gfn);
+        Lookup::Failed
+    }
+
+    /// The same outside any critical section: as [`lookup_blocking`](Host::lookup_blocking).
+    fn lookup_private_blocking(&self, slot: &Slot<Self::Backing>, gfn: Gfn) -> Lookup {
+        let _ = (slot, gfn);
         Lookup::Failed
     }
 

@@ -53,11 +53,7 @@ impl<F: Format, H: Host> Context<F, H> {
         let outcome = self.walk(request.gfn, |entry, level, old| {
             self.install_step(cache, request, entry, level, old)
         });
-        match outcome {
-            Outcome::Fixed { .. } => self.shard.add(Stat::Fixed, 1),
-            Outcome::Spurious => self.shard.add(Stat::Spurious, 1),
-            _ => {}
-        }
+        self.count(outcome);
         outcome
     }
 
@@ -68,7 +64,7 @@ impl<F: Format, H: Host> Context<F, H> {
         let mut level = root.level;
         let mut restarts = 0;
         while restarts < RESTARTS {
-            let Some(entry) = page.get(level.index(gfn)) else {
+            let Some(entry) = page.get(root.index(level, gfn)) else {
                 break;
             };
             let old = entry.load();
@@ -151,6 +147,7 @@ impl<F: Format, H: Host> Context<F, H> {
             pfn,
             Place {
                 as_id: self.as_id,
+                private: false,
                 level: below,
                 gfn: level.align_down(gfn),
             },
@@ -183,6 +180,7 @@ impl<F: Format, H: Host> Context<F, H> {
             pfn,
             Place {
                 as_id: self.as_id,
+                private: false,
                 level: below,
                 gfn: level.align_down(gfn),
             },

@@ -13,7 +13,7 @@ use crate::entry::{EntryRef, TABLE_ENTRIES, TablePage};
 use crate::host::Host;
 use crate::root::Root;
 use crate::table;
-use tdp_arch::{Format, Gfn, GfnRange, Level, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
 use tdp_rcu::Visit;
 
 /// Entries visited between two yield points.
@@ -26,6 +26,8 @@ pub(crate) struct Step<'w> {
     pub(crate) gfn: Gfn,
     /// Its level.
     pub(crate) level: Level,
+    /// The table that holds it.
+    pub(crate) table: Pfn,
     /// What it held when it was read.
     pub(crate) spte: Spte,
     /// The entry.
@@ -47,7 +49,7 @@ pub(crate) struct TdpIter<'v, 'd, F: Format, H: Host> {
     range: GfnRange,
     min_level: Level,
     /// Table of each level on the way to `gfn`, valid from the root's level down to `level`.
-    path: [Option<&'v TablePage>; 5],
+    path: [Option<(Pfn, &'v TablePage)>; 5],
     level: Level,
     gfn: Gfn,
     state: State,
@@ -98,14 +100,14 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         }
     }
 
-    fn slot(&mut self, level: Level) -> &mut Option<&'v TablePage> {
+    fn slot(&mut self, level: Level) -> &mut Option<(Pfn, &'v TablePage)> {
         &mut self.path[usize::from(level.number()) - 1]
     }
 
     /// The entry of `self.gfn` at `self.level`. A model checker's tables are short: past their end nothing is mapped.
-    fn current(&self) -> Option<EntryRef<'v>> {
-        let page = self.path[usize::from(self.level.number()) - 1]?;
-        page.get(self.level.index(self.gfn))
+    fn current(&self) -> Option<(Pfn, EntryRef<'v>)> {
+        let (table, page) = self.path[usize::from(self.level.number()) - 1]?;
+        Some((table, page.get(self.root.index(self.level, self.gfn))?))
     }
 
     /// Goes on to the next entry. The step is valid until the next call.
@@ -116,7 +118,7 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
                 State::Start => {
                     self.level = self.root.level;
                     let root = self.root;
-                    *self.slot(root.level) = Some(root.page());
+                    *self.slot(root.level) = Some((root.pfn, root.page()));
                 }
                 State::Here => {
                     if !self.descend() && !self.pass() {
@@ -132,11 +134,12 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
                 }
             }
             self.state = State::Here;
-            if let Some(entry) = self.current() {
+            if let Some((table, entry)) = self.current() {
                 let spte = entry.load();
                 return Some(Step {
                     gfn: self.level.align_down(self.gfn),
                     level: self.level,
+                    table,
                     spte,
                     entry,
                 });
@@ -158,12 +161,13 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         };
         let Some(spte) = self
             .current()
-            .map(EntryRef::load)
+            .map(|(_, entry)| entry.load())
             .filter(|&spte| F::is_table(spte))
         else {
             return false;
         };
-        *self.slot(below) = Some(table::page(self.host.frames(), F::pfn(spte)));
+        let pfn = F::pfn(spte);
+        *self.slot(below) = Some((pfn, table::page(self.host.frames(), pfn)));
         self.level = below;
         true
     }
@@ -175,7 +179,7 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
             if next >= self.range.end {
                 return false;
             }
-            if self.level.index(self.gfn) + 1 < TABLE_ENTRIES {
+            if self.root.index(self.level, self.gfn) + 1 < TABLE_ENTRIES {
                 self.gfn = next;
                 break;
             }
@@ -199,7 +203,7 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         let level = self.level;
         self.level = self.root.level;
         let root = self.root;
-        *self.slot(root.level) = Some(root.page());
+        *self.slot(root.level) = Some((root.pfn, root.page()));
         // Down again to the level at which the walk stood, or to where the path ends now.
         while self.level > level && self.descend() {}
     }

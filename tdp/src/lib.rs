@@ -36,18 +36,23 @@ extern crate alloc;
 #[cfg(feature = "std")]
 extern crate std;
 
+mod attributes;
+mod confidential;
 mod entry;
 mod fault;
+mod frozen;
+mod handoff;
 mod host;
 mod install;
 mod invalidate;
 mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
+mod life;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;
-#[cfg(feature = "std")]
+mod private_fault;
 pub mod protected;
 mod range;
 mod reclaim;
@@ -64,23 +69,28 @@ mod vcpu;
 
 use range::zap as range_zap;
 
+pub use attributes::Visibility;
+pub use confidential::Phase;
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
+pub use frozen::{EntryPlace, FrozenEntry};
 pub use host::{
     AddressSpaceId, FlushRequest, FrameSource, Host, Lookup, MAX_ADDRESS_SPACES, Mapping,
     OutOfFrames,
 };
 pub use invalidate::Invalidation;
+pub use life::{FoldError, ImageError, PrivateImage, ProtectedAudit};
 pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
-pub use range::{Audit, Leaf};
+pub use protected::ProtectedTable;
+pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};
 #[cfg(feature = "std")]
 pub use software::{LinearBacking, SoftwareHost, TableMemory};
-pub use stats::Stats;
+pub use stats::{ProtectedStats, Stats};
 pub use tdp_arch::{
     Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
     MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,

@@ -1,16 +1,20 @@
 //! The MMU: what an embedder makes once per VM and calls from every thread.
 
+use crate::attributes::Visibility;
+use crate::confidential::{Confidential, Phase};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
+use crate::protected::ProtectedTable;
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
-use crate::root::{Root, RootSet};
+use crate::root::{Half, Root, RootSet};
 use crate::slot_map::{SlotMap, Slots};
 use crate::stats::{Shards, Stat, Stats, Tally};
 use crate::table::TableMeta;
 use crate::tlb::PendingFlush;
 use crate::vcpu::Vcpu;
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
@@ -41,6 +45,9 @@ pub enum BuildError {
         /// Bits of physical address.
         bits: u32,
     },
+    /// No address has this bit, or it does not choose a root entry.
+    #[error("bit {0} of a guest address cannot say whether memory is shared")]
+    SharedBit(u32),
     /// Leaves of this level do not exist.
     #[error("leaves of level {} do not exist: 1 to 3 are meant", .0.number())]
     MaxLeaf(Level),
@@ -71,7 +78,18 @@ pub struct MmuBuilder<F: Format, H: Host> {
     max_leaf: Level,
     garbage_bound: usize,
     asymmetric_fences: bool,
+    private_half: Option<Routing>,
+    default_visibility: Visibility,
     _format: PhantomData<F>,
+}
+
+/// How an access tells whether it is to private memory.
+#[derive(Clone, Copy, Debug)]
+enum Routing {
+    /// By this bit of the address, set for shared memory.
+    SharedBit(u32),
+    /// By what the fault says.
+    Fault,
 }
 
 impl<F: Format, H: Host> MmuBuilder<F, H> {
@@ -126,6 +144,25 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
+    /// Gives the guest a private half, as TDX and CCA have it: bit `bit` of a guest-physical address is set for shared memory.
+    /// TDX: 47 with four levels, 51 with five. Slots and ranges are named without the bit.
+    pub fn shared_bit(mut self, bit: u32) -> Self {
+        self.private_half = Some(Routing::SharedBit(bit));
+        self
+    }
+
+    /// Gives the guest a private half, as SNP has it: no bit of the address tells, each [`Fault`](crate::Fault) does.
+    pub fn private_by_fault(mut self) -> Self {
+        self.private_half = Some(Routing::Fault);
+        self
+    }
+
+    /// What memory of a confidential guest is before it is first converted. The default is shared.
+    pub fn default_visibility(mut self, visibility: Visibility) -> Self {
+        self.default_visibility = visibility;
+        self
+    }
+
     /// Makes the MMU.
     ///
     /// # Errors
@@ -159,8 +196,28 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         } else {
             Domain::new(config)
         };
+        let shared_bit = match self.private_half {
+            Some(Routing::SharedBit(bit)) => {
+                let gfn_bit = bit.checked_sub(tdp_arch::PAGE_SHIFT).filter(|&gfn_bit| {
+                    // Above a root entry: the two halves have no table in common but the root.
+                    (self.levels.gfn_shift()..64).contains(&gfn_bit)
+                        && 1 << gfn_bit < self.levels.gfn_limit().0
+                });
+                1 << gfn_bit.ok_or(BuildError::SharedBit(bit))?
+            }
+            _ => 0,
+        };
         let host: SharedHost<H> = Arc::new(CachePadded::new(self.host));
-        let meta = Arc::new(TableMeta::new(host.frames()));
+        let meta = Arc::new(TableMeta::new(host.frames(), self.private_half.is_some()));
+        let roots = RootSet::new(self.levels, self.ad_bits, shared_bit);
+        let confidential = self.private_half.map(|_| {
+            Box::new(Confidential::new(
+                shared_bit,
+                roots.limit(),
+                self.default_visibility,
+                host.protected().capabilities(),
+            ))
+        });
         Ok(Mmu {
             shared: Arc::new(Shared {
                 slots: SlotMap::new(),
@@ -171,7 +228,8 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 max_leaf: self.max_leaf,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
                 unflushed: CachePadded::new(AtomicU64::new(0)),
-                roots: CachePadded::new(RootSet::new(self.levels, self.ad_bits)),
+                roots: CachePadded::new(roots),
+                confidential,
                 domain: CachePadded::new(domain),
                 shards: CachePadded::new(Shards::default()),
                 meta,
@@ -194,6 +252,8 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) pfn_limit: Pfn,
     /// Sweeps, and faults that took something away, that have not flushed yet.
     pub(crate) unflushed: CachePadded<AtomicU64>,
+    /// The private half, if there is one.
+    pub(crate) confidential: Option<Box<Confidential>>,
     /// Written by vCPUs that load a root and by sweeps.
     pub(crate) roots: CachePadded<RootSet<H>>,
     /// Written by whoever retires.
@@ -207,14 +267,36 @@ pub(crate) struct Shared<F: Format, H: Host> {
 impl<F: Format, H: Host> Shared<F, H> {
     /// The current root of an address space.
     pub(crate) fn load_root(&self, as_id: AddressSpaceId) -> Result<Arc<Root<H>>, MmuError> {
+        self.load_half(as_id, Half::Shared)
+    }
+
+    /// The root of its private half, if there is one.
+    pub(crate) fn load_private_root(
+        &self,
+        as_id: AddressSpaceId,
+    ) -> Result<Option<Arc<Root<H>>>, MmuError> {
+        if self.confidential.is_none() {
+            return Ok(None);
+        }
+        self.load_half(as_id, Half::Private).map(Some)
+    }
+
+    fn load_half(&self, as_id: AddressSpaceId, half: Half) -> Result<Arc<Root<H>>, MmuError> {
         if as_id.0 >= self.address_spaces {
             return Err(MmuError::NoSuchSpace(as_id));
         }
-        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, as_id)?;
+        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, as_id, half)?;
         if made {
             self.shards.sweeps.add(Stat::RootsMade, 1);
         }
         Ok(root)
+    }
+
+    /// Notes that the module gave the guest up.
+    pub(crate) fn lose(&self) {
+        if let Some(confidential) = &self.confidential {
+            confidential.advance(Phase::Lost);
+        }
     }
 }
 
@@ -223,6 +305,9 @@ impl<F: Format, H: Host> Drop for Shared<F, H> {
         // No vCPU, sweep or teardown is left: each holds a handle. What was unlinked is with the domain, which frees it
         // when it is dropped after this.
         for root in self.roots.take_all() {
+            if root.private {
+                self.abandon_private(&root);
+            }
             free_tree::<F, H>(&self.host, &root, &self.meta);
         }
     }
@@ -264,8 +349,14 @@ impl<F: Format, H: Host> Mmu<F, H> {
             max_leaf: Level::L3,
             garbage_bound: 4096,
             asymmetric_fences: false,
+            private_half: None,
+            default_visibility: Visibility::Shared,
             _format: PhantomData,
         }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared<F, H> {
+        &self.shared
     }
 
     /// The embedder's side.
@@ -356,9 +447,11 @@ impl<F: Format, H: Host> Mmu<F, H> {
 
     /// Counters.
     pub fn stats(&self) -> Stats {
+        let stats = self.shared.shards.snapshot();
         Stats {
             garbage: self.shared.domain.counters(),
-            ..self.shared.shards.snapshot()
+            protected: self.shared.protected_stats(&stats),
+            ..stats
         }
     }
 

@@ -11,6 +11,7 @@
 //!
 //! Both run inside the same critical section, so a fault that took the fast path half way is no special case.
 
+use crate::attributes::Visibility;
 use crate::entry::{self, EntryRef};
 use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
@@ -66,7 +67,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         };
         let mut goal = max_level.min(mapping.level);
         if goal > Level::L1 {
-            goal = slot.level_at(gfn, goal);
+            goal = self.ctx.uniform_level(gfn, slot.level_at(gfn, goal));
         }
         self.map_fast(gfn, mapping, goal, access, prefetch)
     }
@@ -115,6 +116,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.is_among(invalidated, gfn, Level::L1) {
             return Resolution::Done(self.ctx.retry(RetryReason::Invalidation));
         }
+        if self.ctx.is_private(gfn) {
+            return Resolution::Done(self.ctx.memory_fault(MemoryFault::IsPrivate));
+        }
         let Some(slot) = self.find_slot(section, gfn) else {
             return Resolution::Done(self.ctx.mmio(&mut self.cache, fault));
         };
@@ -128,10 +132,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
         let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
         if let Lookup::Mapped(mapping) = lookup {
-            let (flags, goal) = (
-                slot.flags(),
-                slot.level_at(gfn, fault.max_level.min(mapping.level)),
-            );
+            let limit = slot.level_at(gfn, fault.max_level.min(mapping.level));
+            let (flags, goal) = (slot.flags(), self.ctx.uniform_level(gfn, limit));
             return Resolution::Done(self.install_backed(fault, flags, goal, mapping, invalidated));
         }
         Resolution::Done(match lookup {
@@ -164,6 +166,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.is_among(invalidated, gfn, Level::L1) || invalidations.sequence() != sequence {
             return self.ctx.retry(RetryReason::Invalidation);
         }
+        if self.ctx.is_private(gfn) {
+            return self.ctx.memory_fault(MemoryFault::IsPrivate);
+        }
         match self.ctx.shared.slots.find(section, self.ctx.as_id, gfn) {
             Some(slot) if Arc::ptr_eq(slot, slept_on) && !slot.changing => {}
             _ => return self.ctx.retry(RetryReason::SlotChanging),
@@ -171,6 +176,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         match lookup {
             Lookup::Mapped(mapping) => {
                 let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
+                let goal = self.ctx.uniform_level(gfn, goal);
                 self.install_backed(fault, slept_on.flags(), goal, mapping, invalidated)
             }
             Lookup::Failed => self.ctx.memory_fault(MemoryFault::NotBacked),
@@ -244,7 +250,7 @@ impl<F: Format, H: Host> Context<F, H> {
         // A loop over constants is unrolled, and each level's shift is one.
         for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
             if root.level >= level && goal < level {
-                let Some(spte) = page.entry_at(gfn, level).map(EntryRef::load) else {
+                let Some(spte) = page.get(root.index(level, gfn)).map(EntryRef::load) else {
                     return Fast::GaveUp;
                 };
                 if !F::is_table(spte) {
@@ -253,7 +259,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 page = table::page(frames, F::pfn(spte));
             }
         }
-        let Some(entry) = page.entry_at(gfn, goal) else {
+        let Some(entry) = page.get(root.index(goal, gfn)) else {
             return Fast::GaveUp;
         };
         let old = entry.load();
@@ -284,7 +290,7 @@ impl<F: Format, H: Host> Context<F, H> {
 
     /// Largest level up to `goal` at which guest and host frame agree below the size, and that the MMU allows.
     #[inline]
-    fn aligned(&self, gfn: Gfn, pfn: Pfn, goal: Level) -> Level {
+    pub(crate) fn aligned(&self, gfn: Gfn, pfn: Pfn, goal: Level) -> Level {
         let mut goal = goal.min(self.shared.max_leaf);
         while goal > Level::L1 && (gfn.0 ^ pfn.0) & (goal.pages() - 1) != 0 {
             goal = goal.below_or_leaf();
@@ -293,8 +299,34 @@ impl<F: Format, H: Host> Context<F, H> {
     }
 
     /// Whether a frame of `gfn`'s block of `level` is among those under invalidation.
-    fn is_among(&self, invalidated: Option<&Ranges>, gfn: Gfn, level: Level) -> bool {
+    pub(crate) fn is_among(&self, invalidated: Option<&Ranges>, gfn: Gfn, level: Level) -> bool {
         invalidated.is_some_and(|ranges| ranges.overlap(self.as_id, level.range(gfn)))
+    }
+
+    /// Whether a frame is private memory of a confidential guest.
+    #[inline]
+    pub(crate) fn is_private(&self, gfn: Gfn) -> bool {
+        let confidential = self.shared.confidential.as_deref();
+        confidential.is_some_and(|it| it.attributes.get(gfn) == Visibility::Private)
+    }
+
+    /// Largest level up to `goal` whose block around `gfn` is all private or all shared.
+    #[inline]
+    pub(crate) fn uniform_level(&self, gfn: Gfn, goal: Level) -> Level {
+        match self.shared.confidential.as_deref() {
+            Some(confidential) => confidential.attributes.largest_level(gfn, goal),
+            None => goal,
+        }
+    }
+
+    /// Counts how a fault ended that installed or found a leaf.
+    #[inline(always)]
+    pub(crate) fn count(&self, outcome: Outcome) {
+        match outcome {
+            Outcome::Fixed { .. } => self.shard.add(Stat::Fixed, 1),
+            Outcome::Spurious => self.shard.add(Stat::Spurious, 1),
+            _ => {}
+        }
     }
 
     #[cold]

@@ -6,6 +6,9 @@
 //! faults on it answer `Retry`, and the vCPU takes the new root when it loads its root before the next guest entry. A
 //! root that is being torn down stays on the list of dying roots until it maps nothing, so that a sweep of the host
 //! reaches it too.
+//!
+//! A confidential guest has a second root for each address space, the *private* one, under which the library alone walks.
+//! It mirrors a table that cannot be replaced, so it never becomes obsolete: it lives as long as the MMU.
 
 use crate::entry::TablePage;
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
@@ -24,6 +27,10 @@ pub(crate) struct Root<H: Host> {
     pub(crate) level: Level,
     limit: Gfn,
     pub(crate) as_id: AddressSpaceId,
+    /// Walked by the library only: each change is handed to the protected table.
+    pub(crate) private: bool,
+    /// Bits that every guest frame has in this tree and not in a slot: the bit that makes an address shared.
+    pub(crate) gfn_bits: u64,
     pub(crate) ad_bits: AdBits,
     pub(crate) generation: u64,
     obsolete: AtomicBool,
@@ -43,6 +50,12 @@ impl<H: Host> Root<H> {
         table::page(self.host.frames(), self.pfn)
     }
 
+    /// Index of a guest frame's entry in a table of `level` of this tree.
+    #[inline(always)]
+    pub(crate) fn index(&self, level: Level, gfn: Gfn) -> usize {
+        level.index(Gfn(gfn.0 | self.gfn_bits))
+    }
+
     /// First frame past what it can map.
     #[inline(always)]
     pub(crate) fn limit(&self) -> Gfn {
@@ -59,8 +72,16 @@ impl<H: Host> Drop for Root<H> {
 
 struct Lists<H: Host> {
     current: [Option<Arc<Root<H>>>; MAX_ADDRESS_SPACES],
+    private: [Option<Arc<Root<H>>>; MAX_ADDRESS_SPACES],
     dying: Vec<Arc<Root<H>>>,
     generation: u64,
+}
+
+/// Which of an address space's two trees is meant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Half {
+    Shared,
+    Private,
 }
 
 /// The roots of an MMU.
@@ -68,12 +89,15 @@ pub(crate) struct RootSet<H: Host> {
     lists: Mutex<Lists<H>>,
     level: Level,
     ad_bits: AdBits,
+    /// The bit of a guest frame that makes it shared, or 0.
+    shared_bit: u64,
 }
 
 impl<H: Host> RootSet<H> {
-    pub(crate) fn new(level: Level, ad_bits: AdBits) -> Self {
+    pub(crate) fn new(level: Level, ad_bits: AdBits, shared_bit: u64) -> Self {
         let lists = Lists {
             current: [const { None }; MAX_ADDRESS_SPACES],
+            private: [const { None }; MAX_ADDRESS_SPACES],
             dying: Vec::new(),
             generation: 0,
         };
@@ -81,6 +105,15 @@ impl<H: Host> RootSet<H> {
             lists: Mutex::new(lists),
             level,
             ad_bits,
+            shared_bit,
+        }
+    }
+
+    /// First guest frame past what slots and trees can hold.
+    pub(crate) fn limit(&self) -> Gfn {
+        match self.shared_bit {
+            0 => self.level.gfn_limit(),
+            bit => Gfn(bit),
         }
     }
 
@@ -88,16 +121,23 @@ impl<H: Host> RootSet<H> {
         self.level
     }
 
-    /// The current root of an address space, made if there is none. The flag tells whether it was made.
+    /// The current root of a half of an address space, made if there is none. The flag tells whether it was made.
     pub(crate) fn load<F: Format>(
         &self,
         host: &SharedHost<H>,
         meta: &Arc<TableMeta>,
         as_id: AddressSpaceId,
+        half: Half,
     ) -> Result<(Arc<Root<H>>, bool), OutOfFrames> {
         let mut lists = self.lists.lock();
-        let space = usize::from(as_id.0) % MAX_ADDRESS_SPACES;
-        if let Some(root) = &lists.current[space] {
+        let lists = &mut *lists;
+        let private = half == Half::Private;
+        let spaces = match half {
+            Half::Shared => &mut lists.current,
+            Half::Private => &mut lists.private,
+        };
+        let place = &mut spaces[usize::from(as_id.0) % MAX_ADDRESS_SPACES];
+        if let Some(root) = place {
             return Ok((root.clone(), false));
         }
         let mut pfn = [Pfn(0)];
@@ -109,6 +149,7 @@ impl<H: Host> RootSet<H> {
             pfn,
             Place {
                 as_id,
+                private,
                 level: self.level,
                 gfn: Gfn(0),
             },
@@ -119,17 +160,24 @@ impl<H: Host> RootSet<H> {
             meta: meta.clone(),
             pfn,
             level: self.level,
-            limit: self.level.gfn_limit(),
+            limit: self.limit(),
             as_id,
+            private,
+            gfn_bits: if private { 0 } else { self.shared_bit },
             ad_bits: self.ad_bits,
             generation: lists.generation,
             obsolete: AtomicBool::new(false),
         });
-        lists.current[space] = Some(root.clone());
+        *place = Some(root.clone());
         Ok((root, true))
     }
 
-    /// Every root of an address space that may map something, the current one first.
+    /// The private root of an address space, if one was made.
+    pub(crate) fn private(&self, as_id: AddressSpaceId) -> Option<Arc<Root<H>>> {
+        self.lists.lock().private.get(usize::from(as_id.0))?.clone()
+    }
+
+    /// Every root of the shared half of an address space that may map something, the current one first.
     pub(crate) fn of(&self, as_id: AddressSpaceId) -> Vec<Arc<Root<H>>> {
         let lists = self.lists.lock();
         let current = lists.current.iter().flatten();
@@ -169,8 +217,8 @@ impl<H: Host> RootSet<H> {
     pub(crate) fn take_all(&self) -> Vec<Arc<Root<H>>> {
         let mut lists = self.lists.lock();
         let lists = &mut *lists;
-        let current = lists.current.iter_mut().filter_map(Option::take);
-        let mut roots: Vec<_> = current.collect();
+        let current = lists.current.iter_mut().chain(&mut lists.private);
+        let mut roots: Vec<_> = current.filter_map(Option::take).collect();
         roots.append(&mut lists.dying);
         roots
     }

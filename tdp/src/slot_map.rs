@@ -97,7 +97,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     }
 
     fn limit(&self) -> Gfn {
-        self.shared.roots.level().gfn_limit()
+        self.shared.roots.limit()
     }
 
     fn check_space(&self, as_id: AddressSpaceId) -> Result<(), SlotError> {
@@ -215,6 +215,11 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         // that is not waited for began later and sees the slot changing.
         self.shared.domain.synchronize_sections();
         self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
+        if let Err(error) = self.shared.remove_private(as_id, gfns) {
+            // The guest has some of it still, so the slot stays.
+            self.change(as_id, id, |slot| Some(slot.changing(false)))?;
+            return Err(SlotError::Private(error));
+        }
         self.change(as_id, id, |slot| change(slot.changing(false)))
     }
 

@@ -12,6 +12,7 @@
 //! generation, which makes MMIO entries made under an older one stale.
 
 use crate::host::{AddressSpaceId, MAX_ADDRESS_SPACES};
+use crate::range::RemovalError;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -204,6 +205,9 @@ pub enum SlotError {
         /// What was asked for.
         id: SlotId,
     },
+    /// Private memory of the slot could not be taken away. The slot is as it was; what was taken away is empty.
+    #[error("private memory of the slot stays: {0}")]
+    Private(RemovalError),
     /// No such address space.
     #[error("there is no address space {}", as_id.0)]
     NoSuchSpace {

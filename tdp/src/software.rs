@@ -7,6 +7,7 @@
 use crate::entry::TablePage;
 use crate::host::{FlushRequest, FrameSource, Host, Lookup, Mapping};
 use crate::pool::MmapPool;
+use crate::protected::{ProtectedTable, Unprotected};
 use crate::slots::Slot;
 use crate::table;
 use crate::tlb::TlbTracker;
@@ -22,6 +23,8 @@ pub struct LinearBacking {
     pub level: Level,
     /// What the host permits.
     pub perms: Perms,
+    /// Host frame of the slot's first guest frame where that is private; none of its frames can be without.
+    pub private: Option<Pfn>,
 }
 
 impl LinearBacking {
@@ -31,24 +34,46 @@ impl LinearBacking {
             pfn,
             level,
             perms: Perms::RWX,
+            private: None,
         }
+    }
+
+    /// With other frames, from `pfn` on, for what is private.
+    #[must_use]
+    pub const fn with_private(mut self, pfn: Pfn) -> Self {
+        self.private = Some(pfn);
+        self
     }
 }
 
 /// A host made of software.
 #[derive(Debug)]
-pub struct SoftwareHost {
+pub struct SoftwareHost<P = Unprotected> {
     frames: MmapPool,
     tlb: TlbTracker,
+    protected: P,
 }
 
 impl SoftwareHost {
-    /// A host whose tables come from `frames`.
+    /// A host whose tables come from `frames`, for a guest without a private half.
     pub fn new(frames: MmapPool) -> Self {
+        Self::confidential(frames, TlbTracker::new(), Unprotected)
+    }
+}
+
+impl<P: ProtectedTable> SoftwareHost<P> {
+    /// A host whose tables come from `frames`, for a confidential guest whose vCPUs are tracked by `tlb`.
+    pub fn confidential(frames: MmapPool, tlb: TlbTracker, protected: P) -> Self {
         Self {
             frames,
-            tlb: TlbTracker::new(),
+            tlb,
+            protected,
         }
+    }
+
+    /// The hook to the trusted module.
+    pub fn protected_table(&self) -> &P {
+        &self.protected
     }
 
     /// Which software vCPUs are in the guest, and since when.
@@ -57,9 +82,10 @@ impl SoftwareHost {
     }
 }
 
-impl Host for SoftwareHost {
+impl<P: ProtectedTable> Host for SoftwareHost<P> {
     type Frames = MmapPool;
     type Backing = LinearBacking;
+    type Protected = P;
 
     #[inline(always)]
     fn frames(&self) -> &MmapPool {
@@ -74,6 +100,24 @@ impl Host for SoftwareHost {
             backing.level,
             backing.perms,
         ))
+    }
+
+    #[inline(always)]
+    fn protected(&self) -> &P {
+        &self.protected
+    }
+
+    #[inline(always)]
+    fn lookup_private(&self, slot: &Slot<LinearBacking>, gfn: Gfn) -> Lookup {
+        let backing = slot.backing();
+        match backing.private {
+            Some(first) => Lookup::Mapped(Mapping::memory(
+                Pfn(first.0.wrapping_add(slot.offset(gfn))),
+                backing.level,
+                Perms::RWX,
+            )),
+            None => Lookup::Failed,
+        }
     }
 
     fn flush(&self, _request: &FlushRequest) {

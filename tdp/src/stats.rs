@@ -4,6 +4,7 @@
 //! word; a reader on another thread may see a sum that is a moment old, never a torn one. Gauges such as mapped pages
 //! are sums of signed shards: one vCPU may map what a sweep unmaps.
 
+use crate::protected::HandOffStep;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::Level;
@@ -26,9 +27,50 @@ stats! {
     Fixed, Spurious, Mmio, MemoryFault,
     RetryRaced, RetryFrozen, RetryInvalidation, RetrySlotChanging, RetryRootObsolete, RetryBacking,
     Splits, Collapses, Upgrades, Unlinked, Flushes, RootsMade, RootsInvalidated,
+    FrozenWaits, SentBack, Leaked,
+    CallLink, CallInstall, CallBlock, CallFlush, CallUnblock, CallRemove, CallUnlink, CallSplit, CallMerge, CallReclaim,
+    BusyLink, BusyInstall, BusyBlock, BusyFlush, BusyUnblock, BusyRemove, BusyUnlink, BusySplit, BusyMerge, BusyReclaim,
 }
 
+/// Calls of the hook, in the order of [`HandOffStep::ALL`].
+const CALLS: [Stat; HandOffStep::ALL.len()] = [
+    Stat::CallLink,
+    Stat::CallInstall,
+    Stat::CallBlock,
+    Stat::CallFlush,
+    Stat::CallUnblock,
+    Stat::CallRemove,
+    Stat::CallUnlink,
+    Stat::CallSplit,
+    Stat::CallMerge,
+    Stat::CallReclaim,
+];
+/// Those that were answered "again", in the same order.
+const BUSY: [Stat; HandOffStep::ALL.len()] = [
+    Stat::BusyLink,
+    Stat::BusyInstall,
+    Stat::BusyBlock,
+    Stat::BusyFlush,
+    Stat::BusyUnblock,
+    Stat::BusyRemove,
+    Stat::BusyUnlink,
+    Stat::BusySplit,
+    Stat::BusyMerge,
+    Stat::BusyReclaim,
+];
+
 impl Stat {
+    /// Calls of the hook for `step`.
+    #[inline(always)]
+    pub(crate) const fn calls(step: HandOffStep) -> Stat {
+        CALLS[step as usize]
+    }
+
+    /// Calls of the hook for `step` that were answered "again".
+    pub(crate) const fn busy(step: HandOffStep) -> Stat {
+        BUSY[step as usize]
+    }
+
     /// The gauge of leaves of `level`.
     #[inline(always)]
     pub(crate) const fn pages(level: Level) -> Stat {
@@ -47,8 +89,13 @@ pub(crate) trait Tally {
 }
 
 /// Counters of one vCPU. Only its owner adds.
-#[derive(Default)]
 pub(crate) struct Shard(CachePadded<[Plain; STATS]>);
+
+impl Default for Shard {
+    fn default() -> Self {
+        Self(CachePadded::new([const { Plain::new(0) }; STATS]))
+    }
+}
 
 impl Tally for Shard {
     #[inline(always)]
@@ -128,7 +175,45 @@ impl Shards {
             roots_made: get(Stat::RootsMade),
             roots_invalidated: get(Stat::RootsInvalidated),
             garbage: tdp_rcu::Counters::default(),
+            protected: ProtectedStats {
+                calls: CALLS.map(get),
+                busy: BUSY.map(get),
+                frozen_waits: get(Stat::FrozenWaits),
+                sent_back: get(Stat::SentBack),
+                carried: 0,
+                leaked: get(Stat::Leaked),
+            },
         }
+    }
+}
+
+/// What became of hand-offs to the protected table. The arrays are in the order of [`HandOffStep::ALL`].
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct ProtectedStats {
+    /// Calls of the hook, those included that were answered "again".
+    pub calls: [u64; HandOffStep::ALL.len()],
+    /// Calls that were answered "again": busy, interrupted, not drained.
+    pub busy: [u64; HandOffStep::ALL.len()],
+    /// Times that a thread met an entry that another had frozen, and waited.
+    pub frozen_waits: u64,
+    /// Private faults that were sent back to the guest unresolved.
+    pub sent_back: u64,
+    /// Removals that were carried by another thread than the one that asked.
+    pub carried: u64,
+    /// Frames of 4 KiB, pages and twins of tables, that the module did not give back and the host must never use again.
+    pub leaked: u64,
+}
+
+impl ProtectedStats {
+    /// Calls of the hook for `step`.
+    pub const fn calls_of(&self, step: HandOffStep) -> u64 {
+        self.calls[step as usize]
+    }
+
+    /// Calls of the hook for `step` that were answered "again".
+    pub const fn busy_of(&self, step: HandOffStep) -> u64 {
+        self.busy[step as usize]
     }
 }
 
@@ -166,4 +251,6 @@ pub struct Stats {
     pub roots_invalidated: u64,
     /// What waits for a grace period, counted in frames.
     pub garbage: tdp_rcu::Counters,
+    /// Hand-offs to the protected table.
+    pub protected: ProtectedStats,
 }

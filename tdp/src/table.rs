@@ -1,4 +1,4 @@
-//! Tables and their metadata: a word per table frame beside the page itself.
+//! Tables and their metadata: a word per table frame beside the page itself, and its protected twin.
 //!
 //! Protocol. A frame is *spare* in a vCPU's cache, *linked* in one tree, *sealed* once it is unlinked, and gone when it
 //! is retired. The word says so, with the place that the table has in its tree. It is written before the exchange that
@@ -28,24 +28,30 @@ pub(crate) enum TableState {
 const STATE_BITS: u32 = 2;
 const LEVEL_BITS: u32 = 3;
 const SPACE_BITS: u32 = 1;
+const PRIVATE_BITS: u32 = 1;
 const LEVEL_SHIFT: u32 = STATE_BITS;
 const SPACE_SHIFT: u32 = LEVEL_SHIFT + LEVEL_BITS;
-const GFN_SHIFT: u32 = SPACE_SHIFT + SPACE_BITS;
+const PRIVATE_SHIFT: u32 = SPACE_SHIFT + SPACE_BITS;
+const GFN_SHIFT: u32 = PRIVATE_SHIFT + PRIVATE_BITS;
 const _: () = assert!(GFN_SHIFT + 52 - 12 <= 64, "a frame number of 40 bits fits");
 
 /// Place of a table in its tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) as_id: AddressSpaceId,
+    /// In the private half: the table has a twin, if the module wants one.
+    pub(crate) private: bool,
     /// Level of its entries.
     pub(crate) level: Level,
     /// First guest frame below it.
     pub(crate) gfn: Gfn,
 }
 
-/// One word for every frame of the source's window.
+/// One word for every frame of the source's window, two if there is a private half.
 pub(crate) struct TableMeta {
     words: Box<[Plain]>,
+    /// Twin of each table of a private tree, plus one; 0 for none. Empty without a private half.
+    twins: Box<[Plain]>,
     base: Pfn,
 }
 
@@ -53,18 +59,36 @@ impl TableMeta {
     /// Bytes of metadata for one table.
     pub(crate) const BYTES: usize = size_of::<u64>();
 
-    pub(crate) fn new(frames: &impl FrameSource) -> Self {
+    pub(crate) fn new(frames: &impl FrameSource, twins: bool) -> Self {
         let window = frames.window();
         let count = usize::try_from(window.end.0.saturating_sub(window.start.0)).unwrap_or(0);
         Self {
             words: Plain::zeroed(count),
+            twins: Plain::zeroed(if twins { count } else { 0 }),
             base: window.start,
         }
     }
 
+    fn index(&self, pfn: Pfn) -> Option<usize> {
+        usize::try_from(pfn.0.checked_sub(self.base.0)?).ok()
+    }
+
     fn word(&self, pfn: Pfn) -> Option<&Plain> {
-        self.words
-            .get(usize::try_from(pfn.0.checked_sub(self.base.0)?).ok()?)
+        self.words.get(self.index(pfn)?)
+    }
+
+    /// Notes the page that the module has for its table, or that it has none any more. Done by whoever owns the table's
+    /// entry.
+    pub(crate) fn set_twin(&self, pfn: Pfn, twin: Option<Pfn>) {
+        if let Some(word) = self.index(pfn).and_then(|index| self.twins.get(index)) {
+            word.set(twin.map_or(0, |twin| twin.0 + 1));
+        }
+    }
+
+    /// The page that the module has for a table of the private half.
+    pub(crate) fn twin(&self, pfn: Pfn) -> Option<Pfn> {
+        let word = self.twins.get(self.index(pfn)?)?.get();
+        word.checked_sub(1).map(Pfn)
     }
 
     fn set(&self, pfn: Pfn, word: u64) {
@@ -85,6 +109,7 @@ impl TableMeta {
             TableState::Linked as u64
                 | u64::from(place.level.number()) << LEVEL_SHIFT
                 | u64::from(place.as_id.0) << SPACE_SHIFT
+                | u64::from(place.private) << PRIVATE_SHIFT
                 | place.gfn.0 << GFN_SHIFT,
         );
     }
@@ -113,6 +138,7 @@ impl TableMeta {
         }
         Some(Place {
             as_id: AddressSpaceId((word >> SPACE_SHIFT & ((1 << SPACE_BITS) - 1)) as u8),
+            private: word >> PRIVATE_SHIFT & ((1 << PRIVATE_BITS) - 1) != 0,
             level: Level::from_number((word >> LEVEL_SHIFT & ((1 << LEVEL_BITS) - 1)) as u8)?,
             gfn: Gfn(word >> GFN_SHIFT),
         })
@@ -132,7 +158,8 @@ pub(crate) fn page(frames: &impl FrameSource, pfn: Pfn) -> &TablePage {
     unsafe { frames.page(pfn).as_ref() }
 }
 
-/// Tables that a vCPU keeps ready, every entry empty, so that a fault never allocates inside its critical section.
+/// Frames that a vCPU keeps ready, so that a fault never allocates inside its critical section: tables, every entry empty;
+/// or twins for tables of the private half.
 pub(crate) struct TableCache {
     frames: [Pfn; TableCache::CAPACITY],
     len: usize,

@@ -18,6 +18,13 @@ use tdp_rcu::sync::{AtomicU64, Backoff, CachePadded, Mutex, Ordering, fence};
 #[derive(Debug)]
 pub struct Flushed(());
 
+impl Flushed {
+    /// For an invalidation under which nothing of the shared half was taken away.
+    pub(crate) const fn nothing_shared() -> Self {
+        Self(())
+    }
+}
+
 /// What a sweep leaves to be flushed: translations that vCPUs may still hold, and the tables that go with them.
 ///
 /// Freeing anything the guest could reach through those translations needs the [`Flushed`] that
@@ -181,28 +188,55 @@ impl TlbTracker {
 
     /// Advances the epoch and waits until every vCPU that is in the guest with an older one has left it. `kick` is
     /// called once with the number, in order of registration, of each that has to be made to leave.
-    pub fn track(&self, mut kick: impl FnMut(usize)) {
+    pub fn track(&self, kick: impl FnMut(usize)) {
+        let epoch = self.begin(kick);
+        let vcpus = self.records();
+        for record in &vcpus {
+            let backoff = Backoff::new();
+            while record.is_behind(epoch) {
+                backoff.snooze();
+            }
+        }
+    }
+
+    /// Advances the epoch without waiting and returns it: the first half of [`track`](TlbTracker::track), for those who
+    /// poll.
+    pub fn begin(&self, mut kick: impl FnMut(usize)) -> u64 {
         // SeqCst fence: pairs with the one in `enter`. Either a vCPU's entry is seen below and waited for, or the vCPU
         // sees the new epoch and flushes.
         let epoch = self.inner.epoch.fetch_add(1, Ordering::AcqRel) + 1;
         fence(Ordering::SeqCst);
-        let vcpus: Vec<_> = self.inner.vcpus.lock().iter().cloned().collect();
-        let is_behind = |record: &TlbRecord| {
-            // Acquire: pairs with the Release of `exit`, so that what the vCPU did inside came before.
-            let inside = record.inside.load(Ordering::Acquire);
-            inside != OUTSIDE && inside < epoch
-        };
-        for (number, record) in vcpus.iter().enumerate() {
-            if is_behind(record) {
+        for (number, record) in self.records().iter().enumerate() {
+            if record.is_behind(epoch) {
                 kick(number);
             }
         }
-        for record in &vcpus {
-            let backoff = Backoff::new();
-            while is_behind(record) {
-                backoff.snooze();
-            }
-        }
+        epoch
+    }
+
+    /// Whether no vCPU is in the guest with an older epoch than `epoch`, which [`begin`](TlbTracker::begin) returned.
+    pub fn is_drained(&self, epoch: u64) -> bool {
+        // SeqCst: as in `begin`, for vCPUs that the caller did not see then.
+        fence(Ordering::SeqCst);
+        !self
+            .inner
+            .vcpus
+            .lock()
+            .iter()
+            .any(|record| record.is_behind(epoch))
+    }
+
+    fn records(&self) -> Vec<Arc<TlbRecord>> {
+        self.inner.vcpus.lock().clone()
+    }
+}
+
+impl TlbRecord {
+    /// Whether its vCPU is in the guest with an older epoch.
+    fn is_behind(&self, epoch: u64) -> bool {
+        // Acquire: pairs with the Release of `exit`, so that what the vCPU did inside came before.
+        let inside = self.inside.load(Ordering::Acquire);
+        inside != OUTSIDE && inside < epoch
     }
 }
 

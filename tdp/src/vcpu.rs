@@ -8,6 +8,7 @@
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
+use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
 use crate::root::{LoadedRoot, Root};
 use crate::slots::Slot;
@@ -29,8 +30,8 @@ const RECLAIM_ROUNDS: usize = 64;
 /// Aligned to two cache lines, so that neither of two vCPUs side by side in memory slows the other.
 #[repr(align(128))]
 pub struct Vcpu<F: Format, H: Host> {
-    reader: Reader,
-    core: VcpuCore<F, H>,
+    pub(crate) reader: Reader,
+    pub(crate) core: VcpuCore<F, H>,
 }
 
 /// The part of a vCPU that works inside a critical section.
@@ -38,11 +39,19 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
     pub(crate) ctx: Context<F, H>,
     hint: SlotHint<H::Backing>,
     pub(crate) cache: TableCache,
+    /// Pages to be given to the module as twins of tables.
+    pub(crate) twins: TableCache,
+    /// The private fault that was last sent back to the guest unresolved, and how often in a row.
+    pub(crate) sent_back: (Gfn, u32),
 }
 
 /// What a fault reads and does not change: where it works, and for whom.
 pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) root: Arc<Root<H>>,
+    /// The root of the private half, if there is one.
+    pub(crate) private_root: Option<Arc<Root<H>>>,
+    /// What the module of the private half can do.
+    pub(crate) capabilities: Capabilities,
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
@@ -73,17 +82,28 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     pub(crate) fn new(shared: Arc<Shared<F, H>>) -> Result<Self, MmuError> {
         let as_id = AddressSpaceId::default();
         let root = shared.load_root(as_id)?;
+        let private_root = shared.load_private_root(as_id)?;
+        let capabilities = shared
+            .confidential
+            .as_ref()
+            .map_or(Capabilities::none(), |confidential| {
+                confidential.capabilities
+            });
         let shard = shared.shards.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
             ctx: Context {
                 root,
+                private_root,
+                capabilities,
                 shared,
                 shard,
                 as_id,
             },
             hint: SlotHint::none(),
             cache: TableCache::new(),
+            twins: TableCache::new(),
+            sent_back: (Gfn(u64::MAX), 0),
         };
         Ok(Self { reader, core })
     }
@@ -96,11 +116,15 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// that waited for a grace period was freed. Nothing was changed.
     #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        if self.core.ctx.private_root.is_some() {
+            return self.fault_confidential(fault);
+        }
         let Fault {
             gpa,
             access,
             prefetch,
             max_level,
+            ..
         } = fault;
         match self.fault_fast(gpa.gfn(), access, max_level, prefetch) {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
@@ -119,7 +143,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
 
     #[cold]
     #[inline(never)]
-    fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+    pub(crate) fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         self.core.top_up(true)?;
         let section = self.reader.enter();
         match self.core.resolve(&section, fault) {
@@ -206,8 +230,10 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// [`MmuError`] if there is no such space or no frame for its root; the vCPU stays where it was.
     pub fn set_address_space(&mut self, as_id: AddressSpaceId) -> Result<LoadedRoot, MmuError> {
         let root = self.core.ctx.shared.load_root(as_id)?;
+        let private_root = self.core.ctx.shared.load_private_root(as_id)?;
         self.core.ctx.as_id = as_id;
         self.core.ctx.root = root;
+        self.core.ctx.private_root = private_root;
         self.core.hint = SlotHint::none();
         Ok(self.core.loaded())
     }
@@ -234,6 +260,10 @@ impl<F: Format, H: Host> Drop for Vcpu<F, H> {
             core.ctx.shared.meta.set_state(pfn, TableState::Free);
         }
         core.ctx.shared.host.frames().free(spare);
+        let twins = core.twins.drain();
+        if !twins.is_empty() {
+            core.ctx.shared.host.protected().free_twins(twins);
+        }
         core.ctx.shared.shards.retire(&core.ctx.shard);
     }
 }
@@ -249,8 +279,8 @@ impl<F: Format, H: Host> core::fmt::Debug for Vcpu<F, H> {
 
 /// Faults under one critical section. Grace periods still pass: the section is renewed at every fault.
 pub struct Batch<'a, F: Format, H: Host> {
-    section: Section<'a>,
-    core: &'a mut VcpuCore<F, H>,
+    pub(crate) section: Section<'a>,
+    pub(crate) core: &'a mut VcpuCore<F, H>,
 }
 
 impl<F: Format, H: Host> Batch<'_, F, H> {
@@ -263,11 +293,15 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         self.section.repin();
+        if self.core.ctx.private_root.is_some() {
+            return self.fault_confidential(fault);
+        }
         let Fault {
             gpa,
             access,
             prefetch,
             max_level,
+            ..
         } = fault;
         match self
             .core
@@ -281,7 +315,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
 
     #[cold]
     #[inline(never)]
-    fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+    pub(crate) fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         self.core.top_up(false)?;
         match self.core.resolve(&self.section, fault) {
             Resolution::Done(outcome) => Ok(outcome),
@@ -354,7 +388,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation
     /// forward (INV: bounded-garbage), and waits for grace periods if this vCPU is not inside a section that would hold
     /// them up.
-    fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
+    pub(crate) fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
         let mut reclaimed = !outside;
         while self.cache.len() < TABLES_PER_FAULT {
             match self.allocate() {

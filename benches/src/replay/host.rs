@@ -4,6 +4,7 @@ use super::processor::PHYSICAL_BITS;
 use super::step::Answer;
 use parking_lot::Mutex;
 use std::sync::{Arc, OnceLock};
+use tdp::protected::Unprotected;
 use tdp::{
     Access, FlushRequest, Gfn, Host, Level, Lookup, Mapping, MmapPool, Perms, Pfn, PoolConfig,
     PoolError, Slot, SoftwareHost, TlbTracker,
@@ -57,6 +58,11 @@ impl TraceHost {
 impl Host for TraceHost {
     type Frames = MmapPool;
     type Backing = ();
+    type Protected = Unprotected;
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
 
     fn frames(&self) -> &MmapPool {
         self.inner.frames()

@@ -35,6 +35,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 .roots
                 .of(as_id)
                 .iter()
+                .chain(&self.roots.private(as_id))
                 .filter(|root| !root.is_obsolete())
             {
                 let range = GfnRange {
@@ -55,6 +56,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                             audit.tables += 1;
                             let place = step.level.below().map(|level| Place {
                                 as_id,
+                                private: root.private,
                                 level,
                                 gfn: step.gfn,
                             });

@@ -2,8 +2,14 @@
 //! takes an exclusive lock.
 
 mod audit;
+mod convert;
+mod private;
+mod resize;
 mod visit;
 pub(crate) mod zap;
 
 pub use audit::Audit;
+pub use convert::ConvertError;
+pub use private::{RemovalError, Removed};
+pub use resize::Folded;
 pub use visit::Leaf;

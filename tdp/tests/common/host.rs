@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use tdp::protected::Unprotected;
 use tdp::{
     Access, FlushRequest, FrameSource, Gfn, Host, Level, Lookup, Mapping, MemoryType, MmapPool,
     OutOfFrames, Perms, Pfn, Slot, TablePage, TlbTracker,
@@ -189,6 +190,11 @@ impl Script {
 impl Host for TestHost {
     type Frames = SharedPool;
     type Backing = Memory;
+    type Protected = Unprotected;
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
 
     fn frames(&self) -> &SharedPool {
         &self.frames

@@ -17,6 +17,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
 use std::time::Instant;
+use tdp::protected::Unprotected;
 use tdp::{
     Access, AddressSpaceId, Decoded, Ept, FlushRequest, Format, FrameSource, Gfn, Host, Hpa, Level,
     Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, Spte, TableMemory, TablePage,
@@ -286,6 +287,11 @@ impl TestHost {
 impl Host for TestHost {
     type Frames = Frames;
     type Backing = Backing;
+    type Protected = Unprotected;
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
 
     fn frames(&self) -> &Frames {
         &self.frames

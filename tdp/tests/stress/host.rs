@@ -8,6 +8,7 @@ use crate::memory::{
 use crate::plan::{Flaw, Plan};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tdp::protected::Unprotected;
 use tdp::{
     Access, AddressSpaceId, FlushRequest, Format, Gfn, GfnRange, Host, Lookup, Mapping, Mmu, Perms,
     Slot, SlotFlags, SlotId, TlbTracker,
@@ -47,6 +48,11 @@ impl StressHost {
 
 impl Host for StressHost {
     type Frames = PoisonPool;
+    type Protected = Unprotected;
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
     /// The area.
     type Backing = usize;
 

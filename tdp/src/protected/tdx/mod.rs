@@ -13,6 +13,8 @@
 //! * **TLB tracking** (`epoch`): nothing is taken from a running TD while a vCPU may still hold a translation;
 //! * **the guest** (`guest`): entry and exit, the zero-step rule, ACCEPT.
 //!
+//! [`TdxTable`] drives it from an MMU: the hook in terms of its calls.
+//!
 //! A call that is refused has changed nothing. One that a correct host never makes is noted in the audit log
 //! ([`TdxModule::violations`]).
 //!
@@ -55,6 +57,7 @@ mod pamt;
 mod sept;
 mod state;
 mod status;
+mod table;
 mod td;
 
 pub use audit::{KEPT, Violation};
@@ -66,6 +69,7 @@ pub use pamt::PageKind;
 pub use sept::EntryView;
 pub use state::{EntryState, PageInfo};
 pub use status::{Answer, Operand, Status};
+pub use table::TdxTable;
 pub use td::{CallCount, CallCounts, Measured, TdConfig};
 
 use alloc::boxed::Box;

@@ -193,6 +193,7 @@ impl<'m, F: Processor> Run<'m, F> {
                     access: access(kind),
                     prefetch,
                     max_level: level(max_level),
+                    private: false,
                 };
                 self.fault(usize::from(vcpu) % VCPUS, fault, batch);
                 gfn

@@ -1,0 +1,397 @@
+//! Faults of a confidential guest: which half, and the whole of a private fault.
+//!
+//! Protocol. The address, or the fault itself, says whether the access was to private memory; the attributes say what the
+//! frame is. A fault on the other half than the attributes say is the embedder's. On its own half it is resolved in the
+//! shared tree as any guest's is, or in the private tree by a hand-off (`handoff.rs`).
+//!
+//! A private fault that has to wait, for a frozen entry, an invalidation or a busy module, leaves its critical section and
+//! waits outside, at first for a bounded time (INV: progress). Then the guest is entered again, which gives it its
+//! interrupts; but a trusted module takes a guest that comes back for the same address too often for one that is being
+//! single-stepped, and makes everything slow (TDX at six times). So after [`MAX_SENT_BACK`] times the wait goes on here.
+
+use crate::attributes::Visibility;
+use crate::confidential::{Confidential, Phase};
+use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
+use crate::handoff::{PrivateRequest, Step};
+use crate::host::{Host, Lookup, OutOfFrames};
+use crate::protected::{Content, HandOffCause, ProtectedTable};
+use crate::resolve::Fast;
+use crate::slots::{Slot, SlotFlags};
+use crate::stats::{Stat, Tally};
+use crate::vcpu::{Batch, Vcpu, VcpuCore};
+use alloc::sync::Arc;
+use tdp_arch::{Format, Gfn, Level};
+use tdp_rcu::Section;
+use tdp_rcu::sync::Pause;
+
+/// Times in a row that a guest is sent back to one private address unresolved.
+const MAX_SENT_BACK: u32 = 3;
+/// Twins that one fault may need: one for each table below the root.
+const TWINS_PER_FAULT: usize = 4;
+/// Twins asked for at a time.
+const TWINS_TOP_UP: usize = 16;
+
+/// What one critical section of a private fault came to.
+enum Attempt<B> {
+    Step(Step),
+    /// The look-up has to sleep, outside. Holds the slot and the invalidation sequence before it.
+    Sleep(Arc<Slot<B>>, u64),
+}
+
+/// What a sleeping look-up found, for which slot, and the invalidation sequence before it.
+struct Slept<'a, B> {
+    slot: &'a Arc<Slot<B>>,
+    sequence: u64,
+    lookup: Lookup,
+}
+
+impl<F: Format, H: Host> Vcpu<F, H> {
+    /// A fault of a guest that has a private half.
+    #[inline(never)]
+    pub(crate) fn fault_confidential(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        let Some((gfn, private)) = self.core.route(&fault) else {
+            return Ok(self.core.ctx.memory_fault(MemoryFault::BeyondWidth));
+        };
+        if private {
+            return self.fault_private(gfn, fault.max_level, None);
+        }
+        let section = self.reader.enter();
+        let fast = self.core.shared_fast(&section, gfn, &fault);
+        drop(section);
+        match fast {
+            Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+            Fast::Spurious => Ok(Outcome::Spurious),
+            Fast::GaveUp => self.fault_slow(Fault {
+                gpa: gfn.address(),
+                ..fault
+            }),
+        }
+    }
+
+    /// Resolves a private fault. With `content`, which comes with a page, it builds the guest instead.
+    pub(crate) fn fault_private(
+        &mut self,
+        gfn: Gfn,
+        at_most: Level,
+        content: Option<(Lookup, Content)>,
+    ) -> Result<Outcome, FaultError> {
+        if content.is_none() {
+            let section = self.reader.enter();
+            let fast = self.core.private_fast(&section, gfn, at_most);
+            drop(section);
+            if let Some(outcome) = fast {
+                return Ok(outcome);
+            }
+        }
+        self.fault_private_slow(gfn, at_most, content)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn fault_private_slow(
+        &mut self,
+        gfn: Gfn,
+        at_most: Level,
+        content: Option<(Lookup, Content)>,
+    ) -> Result<Outcome, FaultError> {
+        let mut pause = Pause::new();
+        loop {
+            self.core.top_up(true)?;
+            self.core.top_up_twins()?;
+            let section = self.reader.enter();
+            let mut attempt = self
+                .core
+                .resolve_private(&section, gfn, at_most, content, None);
+            drop(section);
+            if let Attempt::Sleep(slot, sequence) = attempt {
+                let host = self.core.ctx.shared.host.clone();
+                let lookup = host.lookup_private_blocking(&slot, gfn);
+                let section = self.reader.enter();
+                let slept = Some(Slept {
+                    slot: &slot,
+                    sequence,
+                    lookup,
+                });
+                attempt = self
+                    .core
+                    .resolve_private(&section, gfn, at_most, content, slept);
+            }
+            let Attempt::Step(step) = attempt else {
+                return Ok(self.core.ctx.retry(RetryReason::Backing));
+            };
+            let reason = match step {
+                Step::Done(outcome) => {
+                    self.core.note_resolved(gfn);
+                    return Ok(outcome);
+                }
+                Step::Failed(error) => return Ok(self.core.ctx.refused(error)),
+                Step::Split => {
+                    let as_id = self.core.ctx.as_id;
+                    match self.core.ctx.shared.split_private(as_id, gfn, at_most) {
+                        Ok(()) => {
+                            // The guest goes on accepting by small leaves: nobody folds these while it does.
+                            self.core.inhibit_huge(gfn);
+                            RetryReason::Raced
+                        }
+                        Err(error) => match error.cause {
+                            HandOffCause::Busy => RetryReason::Frozen,
+                            HandOffCause::OutOfFrames => return Err(FaultError::OutOfFrames),
+                            _ => return Ok(self.core.ctx.refused(error)),
+                        },
+                    }
+                }
+                Step::Wait(reason) => reason,
+            };
+            if pause.is_over() && self.core.may_send_back(gfn) {
+                return Ok(self.core.ctx.retry(reason));
+            }
+            pause.wait();
+        }
+    }
+}
+
+impl<F: Format, H: Host> Batch<'_, F, H> {
+    /// As [`Vcpu::fault_confidential`], without leaving the critical section: what would have to wait is retried.
+    pub(crate) fn fault_confidential(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        let (section, core) = (&self.section, &mut *self.core);
+        let Some((gfn, private)) = core.route(&fault) else {
+            return Ok(core.ctx.memory_fault(MemoryFault::BeyondWidth));
+        };
+        if !private {
+            let fast = core.shared_fast(section, gfn, &fault);
+            return match fast {
+                Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
+                Fast::Spurious => Ok(Outcome::Spurious),
+                Fast::GaveUp => self.fault_slow(Fault {
+                    gpa: gfn.address(),
+                    ..fault
+                }),
+            };
+        }
+        if let Some(outcome) = core.private_fast(section, gfn, fault.max_level) {
+            return Ok(outcome);
+        }
+        core.top_up(false)?;
+        core.top_up_twins()?;
+        Ok(
+            match core.resolve_private(section, gfn, fault.max_level, None, None) {
+                Attempt::Step(Step::Done(outcome)) => outcome,
+                Attempt::Step(Step::Failed(error)) => core.ctx.refused(error),
+                Attempt::Step(Step::Wait(reason)) => core.ctx.retry(reason),
+                Attempt::Step(Step::Split) => core.ctx.retry(RetryReason::Raced),
+                Attempt::Sleep(..) => core.ctx.retry(RetryReason::Backing),
+            },
+        )
+    }
+}
+
+impl<F: Format, H: Host> VcpuCore<F, H> {
+    fn confidential(&self) -> Option<&Confidential> {
+        self.ctx.shared.confidential.as_deref()
+    }
+
+    fn inhibit_huge(&self, gfn: Gfn) {
+        if let Some(confidential) = self.confidential() {
+            confidential.attributes.inhibit_huge(gfn);
+        }
+    }
+
+    /// Frame and half of a fault; `None` for an address that is too wide.
+    #[inline(always)]
+    fn route(&self, fault: &Fault) -> Option<(Gfn, bool)> {
+        let (gfn, private) = self.confidential()?.route(fault.gpa, fault.private);
+        (gfn < self.ctx.root.limit()).then_some((gfn, private))
+    }
+
+    /// The fast path of a fault on the shared half.
+    #[inline(always)]
+    fn shared_fast(&mut self, section: &Section<'_>, gfn: Gfn, fault: &Fault) -> Fast {
+        if self.ctx.shared.invalidations.any() {
+            return Fast::GaveUp;
+        }
+        match self.confidential() {
+            Some(confidential) if confidential.attributes.get(gfn) == Visibility::Shared => {}
+            _ => return Fast::GaveUp,
+        }
+        self.fault_fast(section, gfn, fault.access, fault.max_level, fault.prefetch)
+    }
+
+    /// The fast path of a private fault: `None` if it gave up, having changed nothing.
+    #[inline(always)]
+    fn private_fast(&mut self, section: &Section<'_>, gfn: Gfn, at_most: Level) -> Option<Outcome> {
+        if self.ctx.shared.invalidations.any() {
+            return None;
+        }
+        let confidential = self.ctx.shared.confidential.as_deref()?;
+        if confidential.phase() != Phase::Running
+            || confidential.attributes.get(gfn) != Visibility::Private
+        {
+            return None;
+        }
+        let slot = self.hinted_slot(section, gfn)?;
+        if !slot.is_plain() {
+            return None;
+        }
+        let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup_private(slot, gfn) else {
+            return None;
+        };
+        if mapping.level.min(at_most) != Level::L1 && self.ctx.capabilities.leaf_levels != Level::L1
+        {
+            return None;
+        }
+        if mapping.pfn >= self.ctx.shared.pfn_limit {
+            return None;
+        }
+        let request = PrivateRequest {
+            gfn,
+            goal: Level::L1,
+            at_most,
+            pfn: mapping.pfn,
+            content: Content::Pending,
+        };
+        let root = self.ctx.private_root.as_deref()?;
+        match self
+            .ctx
+            .install_private(root, &mut self.cache, &mut self.twins, request)
+        {
+            Step::Done(outcome) => {
+                self.ctx.count(outcome);
+                Some(outcome)
+            }
+            _ => None,
+        }
+    }
+
+    fn resolve_private(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        at_most: Level,
+        content: Option<(Lookup, Content)>,
+        slept: Option<Slept<'_, H::Backing>>,
+    ) -> Attempt<H::Backing> {
+        let done = |outcome| Attempt::Step(Step::Done(outcome));
+        let wait = |reason| Attempt::Step(Step::Wait(reason));
+        let Some(phase) = self.confidential().map(Confidential::phase) else {
+            return done(self.ctx.memory_fault(MemoryFault::IsShared));
+        };
+        match (phase, content.is_some()) {
+            (Phase::Running, false) | (Phase::Building, true) => {}
+            (Phase::Building, false) => {
+                return done(self.ctx.memory_fault(MemoryFault::NotFinalised));
+            }
+            (Phase::Lost, _) => return done(self.ctx.memory_fault(MemoryFault::Refused)),
+            (Phase::Running | Phase::Dead, _) => {
+                return done(self.ctx.memory_fault(MemoryFault::NotBacked));
+            }
+        }
+        // INV: no-stale-install: one look, before the attributes and the look-up.
+        let invalidated = self.ctx.shared.invalidations.now(section);
+        if self.ctx.is_among(invalidated, gfn, Level::L1) {
+            return wait(RetryReason::Invalidation);
+        }
+        if !self.ctx.is_private(gfn) {
+            return done(self.ctx.memory_fault(MemoryFault::IsShared));
+        }
+        let Some(slot) = self.find_slot(section, gfn) else {
+            return done(self.ctx.memory_fault(MemoryFault::NotBacked));
+        };
+        if slot.changing {
+            return wait(RetryReason::SlotChanging);
+        }
+        if slot.flags().contains(SlotFlags::READ_ONLY) {
+            return done(self.ctx.memory_fault(MemoryFault::NotPermitted));
+        }
+        let lookup = match (slept, content) {
+            (Some(slept), _) => {
+                if !Arc::ptr_eq(slot, slept.slot) {
+                    return wait(RetryReason::SlotChanging);
+                }
+                if self.ctx.shared.invalidations.sequence() != slept.sequence {
+                    return wait(RetryReason::Invalidation);
+                }
+                match slept.lookup {
+                    Lookup::Blocking => Lookup::Retry,
+                    lookup => lookup,
+                }
+            }
+            (None, Some((lookup, _))) => lookup,
+            (None, None) => self.ctx.shared.host.lookup_private(slot, gfn),
+        };
+        let mapping = match lookup {
+            Lookup::Mapped(mapping) => mapping,
+            Lookup::Blocking => {
+                return Attempt::Sleep(slot.clone(), self.ctx.shared.invalidations.sequence());
+            }
+            Lookup::Retry => return wait(RetryReason::Backing),
+            Lookup::Failed => return done(self.ctx.memory_fault(MemoryFault::NotBacked)),
+        };
+        if mapping.pfn >= self.ctx.shared.pfn_limit {
+            return done(self.ctx.memory_fault(MemoryFault::NotBacked));
+        }
+        let largest = self
+            .confidential()
+            .map_or(Level::L1, Confidential::leaf_limit);
+        let limit = at_most.min(mapping.level).min(largest);
+        let mut goal = self
+            .ctx
+            .aligned(gfn, mapping.pfn, slot.level_at(gfn, limit));
+        goal = self.ctx.uniform_level(gfn, goal);
+        while goal > Level::L1 && self.ctx.is_among(invalidated, gfn, goal) {
+            goal = goal.below_or_leaf();
+        }
+        let request = PrivateRequest {
+            gfn,
+            goal,
+            at_most,
+            pfn: mapping.pfn,
+            content: content.map_or(Content::Pending, |(_, content)| content),
+        };
+        let Some(root) = self.ctx.private_root.as_deref() else {
+            return done(self.ctx.memory_fault(MemoryFault::IsShared));
+        };
+        let step = self
+            .ctx
+            .install_private(root, &mut self.cache, &mut self.twins, request);
+        if let Step::Done(outcome) = &step {
+            self.ctx.count(*outcome);
+        }
+        Attempt::Step(step)
+    }
+
+    /// Makes sure that one fault finds enough twins.
+    fn top_up_twins(&mut self) -> Result<(), FaultError> {
+        if !self.ctx.capabilities.needs_link {
+            return Ok(());
+        }
+        while self.twins.len() < TWINS_PER_FAULT {
+            let table = self.ctx.shared.host.protected();
+            match table.allocate_twins(self.twins.room(TWINS_TOP_UP)) {
+                Ok(count) if count > 0 => {
+                    self.twins.grown(count);
+                }
+                Ok(_) => return Err(OutOfFrames { limit: 0 }.into()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the guest may be entered once more with its fault at `gfn` unresolved. Counts it.
+    fn may_send_back(&mut self, gfn: Gfn) -> bool {
+        let (last, times) = self.sent_back;
+        let times = if last == gfn { times } else { 0 };
+        if times >= MAX_SENT_BACK {
+            return false;
+        }
+        self.sent_back = (gfn, times + 1);
+        self.ctx.shard.add(Stat::SentBack, 1);
+        true
+    }
+
+    fn note_resolved(&mut self, gfn: Gfn) {
+        if self.sent_back.0 == gfn {
+            self.sent_back.1 = 0;
+        }
+    }
+}

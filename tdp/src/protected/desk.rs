@@ -1,0 +1,87 @@
+//! The ticket desk: one flush of the protected table at a time, shared by all who wait for one.
+//!
+//! Protocol. Tickets are numbered. Whoever has blocked something takes the number of the *next* ticket to begin, because
+//! the running one may have begun before the block. Then it either finds that ticket drained, or tends the desk itself:
+//! begins the next ticket and polls it to the end. So any number of threads that block at the same time wait for two
+//! tickets at most, and the module never sees a second ticket while one is out.
+//!
+//! Waiting here while entries are frozen is safe: the tender waits for vCPUs in the guest, which wait for nobody.
+
+use super::{Drained, Failure, HandOffCause, ProtectedTable, Ticket};
+use tdp_rcu::sync::{AtomicBool, AtomicU64, Ordering, Pause};
+
+#[derive(Debug)]
+pub(crate) struct Desk {
+    begun: AtomicU64,
+    drained: AtomicU64,
+    tended: AtomicBool,
+}
+
+impl Desk {
+    pub(crate) fn new() -> Self {
+        Self {
+            begun: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
+            tended: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns when a ticket that began after the call has drained. `persist` makes the calls that begin one.
+    pub(crate) fn drain<P: ProtectedTable>(
+        &self,
+        table: &P,
+        begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
+    ) -> Result<Drained, HandOffCause> {
+        // A read-modify-write although nothing changes: Release puts the caller's blocks before the ticket of the number
+        // that it will wait for, whose tender's increment comes later in the same chain.
+        let wanted = self.begun.fetch_add(0, Ordering::AcqRel) + 1;
+        let mut pause = Pause::new();
+        loop {
+            // Acquire: pairs with the Release of the tender.
+            if self.drained.load(Ordering::Acquire) >= wanted {
+                return Ok(Drained::internal());
+            }
+            if !self.tended.swap(true, Ordering::Acquire) {
+                let tender = Tender(self);
+                if self.drained.load(Ordering::Acquire) < wanted {
+                    return tender.run(table, begin);
+                }
+            }
+            pause.wait();
+        }
+    }
+}
+
+/// Tends the desk; leaves it when dropped, by unwinding too.
+struct Tender<'a>(&'a Desk);
+
+impl Tender<'_> {
+    fn run<P: ProtectedTable>(
+        &self,
+        table: &P,
+        begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
+    ) -> Result<Drained, HandOffCause> {
+        let number = self.0.begun.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut ticket = begin(&|| table.flush_begin())?;
+        let mut pause = Pause::new();
+        let drained = loop {
+            match table.flush_poll(ticket) {
+                Ok(drained) => break drained,
+                Err(again) => ticket = again,
+            }
+            pause.wait();
+            if pause.is_over() {
+                table.kick();
+                pause = Pause::new();
+            }
+        };
+        self.0.drained.store(number, Ordering::Release);
+        Ok(drained)
+    }
+}
+
+impl Drop for Tender<'_> {
+    fn drop(&mut self) {
+        self.0.tended.store(false, Ordering::Release);
+    }
+}

@@ -1,0 +1,88 @@
+//! Conversion between the halves.
+
+use crate::rig::{GUEST, Rig, SPACE, fixed, private, shared};
+use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, Visibility};
+
+#[test]
+fn conversion_takes_away_what_the_other_half_maps() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let removed = rig
+        .mmu
+        .convert(SPACE, Gfn(1)..Gfn(3), Visibility::Shared)
+        .unwrap();
+    assert_eq!(removed.frames, 2);
+    assert_eq!(rig.mmu.visibility(Gfn(1)), Some(Visibility::Shared));
+    assert_eq!(rig.mmu.visibility(Gfn(3)), Some(Visibility::Private));
+    assert_eq!(vcpu.fault(shared(1)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(private(0)), Ok(Outcome::Spurious));
+    rig.check();
+    rig.mmu
+        .convert(SPACE, Gfn(1)..Gfn(2), Visibility::Private)
+        .unwrap();
+    assert!(rig.mmu.translate(SPACE, Gfn(1)).is_none());
+    assert_eq!(vcpu.fault(private(1)), fixed(Level::L1));
+    assert_eq!(
+        vcpu.fault(shared(1)),
+        Ok(Outcome::MemoryFault(MemoryFault::IsPrivate))
+    );
+    rig.check();
+}
+
+#[test]
+fn a_large_private_leaf_is_split_before_a_part_of_it_is_converted() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+    rig.accept(0, Level::L2);
+    let removed = rig
+        .mmu
+        .convert(SPACE, Gfn(5)..Gfn(6), Visibility::Shared)
+        .unwrap();
+    assert_eq!(removed.frames, 1);
+    assert_eq!(rig.mmu.stats().pages, [511, 0, 0]);
+    // The rest kept its content: it needs no second ACCEPT.
+    assert_eq!(vcpu.fault(private(4)), Ok(Outcome::Spurious));
+    rig.check();
+    // No large leaf of either kind across the edge.
+    assert_eq!(vcpu.fault(shared(5)), fixed(Level::L1));
+    rig.check();
+}
+
+#[test]
+fn no_leaf_spans_both_kinds() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    rig.mmu
+        .convert(SPACE, Gfn(512)..Gfn(513), Visibility::Shared)
+        .unwrap();
+    assert_eq!(vcpu.fault(private(600)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+    assert_eq!(vcpu.fault(shared(512)), fixed(Level::L1));
+    rig.mmu
+        .convert(SPACE, Gfn(1024)..Gfn(1536), Visibility::Shared)
+        .unwrap();
+    assert_eq!(vcpu.fault(shared(1030)), fixed(Level::L2));
+    rig.check();
+}
+
+#[test]
+fn ranges_that_make_no_sense_are_refused() {
+    let rig = Rig::running(Level::L1);
+    let with_bit = Gfn(1 << 35)..Gfn((1 << 35) + 1);
+    for range in [Gfn(5)..Gfn(5), with_bit] {
+        assert!(matches!(
+            rig.mmu.convert(SPACE, range.clone(), Visibility::Shared),
+            Err(ConvertError::Range { .. })
+        ));
+        assert!(rig.mmu.zap_private(SPACE, range).is_err());
+    }
+    let slot = tdp::Slot::new(
+        Gfn(1 << 35)..Gfn((1 << 35) + GUEST),
+        tdp::LinearBacking::new(tdp::Pfn(0), Level::L1),
+    );
+    assert!(rig.mmu.slots().insert(slot).is_err());
+}

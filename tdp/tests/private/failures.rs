@@ -1,0 +1,157 @@
+//! The module is busy, refuses, gives up; the hook panics; frames run out.
+
+use crate::rig::{Rig, SPACE, fixed, private};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use tdp::protected::tdx::{Call, Operand, Status};
+use tdp::protected::{HandOffCause, HandOffStep};
+use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome};
+
+/// Answers every `every`-th call of a kind as busy.
+fn busy(every: u64) -> impl FnMut(Call) -> Option<(Status, Operand)> + Send {
+    let mut count = 0u64;
+    move |call| {
+        count += 1;
+        let operand = match call {
+            Call::MemRangeBlock => Operand::SEPT_TREE,
+            Call::MemTrack => Operand::TD_EPOCH,
+            _ => Operand::RCX,
+        };
+        count.is_multiple_of(every).then_some((Status::OperandBusy, operand))
+    }
+}
+
+#[test]
+fn busy_calls_are_made_again() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    rig.script.refuse(busy(3));
+    for n in 0..100 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let removed = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    assert_eq!((removed.frames, removed.tables), (100, 1));
+    rig.script.clear();
+    assert!(rig.mmu.stats().protected.busy.iter().sum::<u64>() > 50);
+    rig.check();
+}
+
+#[test]
+fn a_refused_link_and_a_refused_install_change_nothing() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    let twins = rig.table().twins_out();
+    for call in [Call::MemSeptAdd, Call::MemPageAug] {
+        rig.script
+            .refuse(move |now| (now == call).then_some((Status::OperandInvalid, Operand::RCX)));
+        assert_eq!(
+            vcpu.fault(private(9)),
+            Ok(Outcome::MemoryFault(MemoryFault::Refused))
+        );
+        rig.script.clear();
+        rig.check();
+    }
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    assert_eq!(vcpu.fault(private(9)), fixed(Level::L1));
+    drop(vcpu);
+    // Twins are with the TD or back home, none is lost.
+    assert_eq!(rig.table().twins_out(), twins + 3);
+    rig.check();
+}
+
+#[test]
+fn a_panic_in_an_install_puts_the_entry_back() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L1));
+    for (call, gfn) in [(Call::MemPageAug, 1), (Call::MemSeptAdd, 0x1000)] {
+        rig.script.panic_in(call);
+        let fault = catch_unwind(AssertUnwindSafe(|| vcpu.fault(private(gfn))));
+        assert!(fault.is_err());
+        rig.script.clear();
+        rig.check();
+        assert_eq!(vcpu.fault(private(gfn)), fixed(Level::L1));
+    }
+    rig.check();
+}
+
+#[test]
+fn a_panic_in_a_removal_leaves_what_the_next_one_finishes() {
+    for call in [
+        Call::MemRangeBlock,
+        Call::MemTrack,
+        Call::MemPageRemove,
+        Call::MemSeptRemove,
+    ] {
+        let rig = Rig::running(Level::L1);
+        let mut vcpu = rig.vcpu();
+        for n in 0..32 {
+            assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+        }
+        rig.script.panic_in(call);
+        let zap = catch_unwind(AssertUnwindSafe(|| {
+            let _ = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512));
+        }));
+        assert!(zap.is_err(), "{call}");
+        rig.script.clear();
+        rig.check();
+        // What was left blocked is taken back by who needs it.
+        for n in 0..4 {
+            let outcome = vcpu.fault(private(n)).unwrap();
+            assert!(
+                matches!(outcome, Outcome::Spurious | Outcome::Fixed { .. }),
+                "{call}: {outcome:?}"
+            );
+        }
+        rig.check();
+        let removed = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+        assert_eq!(removed.tables, 1, "{call}");
+        assert_eq!(rig.mmu.stats().pages, [0; 3]);
+        rig.check();
+    }
+}
+
+#[test]
+fn a_refused_block_leaves_its_page_and_takes_the_others() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..8 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let mut blocks = 0;
+    rig.script.refuse(move |call| {
+        blocks += u64::from(call == Call::MemRangeBlock);
+        (call == Call::MemRangeBlock && blocks == 3)
+            .then_some((Status::OperandInvalid, Operand::RCX))
+    });
+    let error = match rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512)) {
+        Err(ConvertError::Removal(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((error.failed, error.removed.frames), (1, 7));
+    assert_eq!(
+        (error.first.step, error.first.place.gfn),
+        (HandOffStep::Block, Gfn(2))
+    );
+    assert!(matches!(error.first.cause, HandOffCause::Refused(_)));
+    rig.script.clear();
+    assert_eq!(vcpu.fault(private(2)), Ok(Outcome::Spurious));
+    rig.check();
+}
+
+#[test]
+fn a_refused_split_is_undone() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+    rig.script.refuse(|call| {
+        (call == Call::MemPageDemote).then_some((Status::OperandInvalid, Operand::RCX))
+    });
+    assert_eq!(
+        vcpu.fault(private(0).max_level(Level::L1)),
+        Ok(Outcome::MemoryFault(MemoryFault::Refused))
+    );
+    rig.script.clear();
+    assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
+    rig.check();
+    assert_eq!(vcpu.fault(private(1)), Ok(Outcome::Spurious));
+}

@@ -1,0 +1,227 @@
+//! Building, running, taking memory away, taking everything apart.
+
+use crate::rig::{GUEST, PRIVATE_PFN, Rig, SPACE, fixed, private, shared};
+use tdp::protected::HandOffStep;
+use tdp::protected::tdx::{Call, Measured};
+use tdp::{Gfn, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason, Visibility};
+
+fn fault(reason: MemoryFault) -> Result<Outcome, tdp::FaultError> {
+    Ok(Outcome::MemoryFault(reason))
+}
+
+#[test]
+fn an_image_is_measured_in_the_order_of_its_pages() {
+    let rig = Rig::building(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fault(MemoryFault::NotFinalised));
+    let mut image = rig.mmu.build_private().unwrap();
+    let order = [7u64, 3, 0x205, 4];
+    for &n in &order {
+        image
+            .add(Gfn(n), Pfn(PRIVATE_PFN.0 + n), Pfn(0x77 + n))
+            .unwrap();
+    }
+    let again = image.add(Gfn(3), Pfn(PRIVATE_PFN.0 + 9), Pfn(0x77));
+    assert!(matches!(again, Err(ImageError::Frame { gfn: Gfn(3), .. })));
+    rig.check();
+    image.finalise().unwrap();
+    let measured: Vec<_> = rig
+        .table()
+        .td()
+        .measured()
+        .iter()
+        .filter_map(|step| match step {
+            Measured::Page { gpa, source } => Some((gpa.gfn().0, source.pfn().0)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(measured, order.map(|n| (n, 0x77 + n)));
+    assert_eq!(rig.mmu.phase(), Some(Phase::Running));
+    assert!(matches!(
+        rig.mmu.build_private().map(drop),
+        Err(ImageError::Phase {
+            phase: Phase::Running
+        })
+    ));
+    assert_eq!(vcpu.fault(private(7)), Ok(Outcome::Spurious));
+    rig.check();
+}
+
+#[test]
+fn a_private_fault_links_tables_top_down_and_installs_once() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(5)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(private(5)), Ok(Outcome::Spurious));
+    assert_eq!(vcpu.fault(private(6)), fixed(Level::L1));
+    let stats = rig.mmu.stats();
+    assert_eq!(stats.protected.calls_of(HandOffStep::Link), 3);
+    assert_eq!(stats.protected.calls_of(HandOffStep::Install), 2);
+    assert_eq!(stats.protected.busy, [0; 10]);
+    assert_eq!((stats.pages, stats.tables), ([2, 0, 0], 3));
+    rig.accept(5, Level::L1);
+    rig.check();
+}
+
+#[test]
+fn an_access_to_the_wrong_half_is_the_embedders() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(shared(1)), fault(MemoryFault::IsPrivate));
+    rig.mmu
+        .convert(SPACE, Gfn(1)..Gfn(2), Visibility::Shared)
+        .unwrap();
+    assert_eq!(vcpu.fault(private(1)), fault(MemoryFault::IsShared));
+    assert_eq!(vcpu.fault(shared(1)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(shared(1)), Ok(Outcome::Spurious));
+    assert_eq!(vcpu.fault(private(2)), fixed(Level::L1));
+    // No slot, and an address wider than both halves.
+    assert_eq!(vcpu.fault(private(GUEST)), fault(MemoryFault::NotBacked));
+    assert_eq!(
+        vcpu.fault(tdp::Fault::write(tdp::Gpa(1 << 48))),
+        fault(MemoryFault::BeyondWidth)
+    );
+    rig.check();
+}
+
+#[test]
+fn removal_takes_one_ticket_for_many_pages_and_gives_tables_back() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..1024 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let twins = rig.table().twins_out();
+    let removed = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(1024)).unwrap();
+    assert_eq!(
+        (removed.frames, removed.tables, removed.leaked),
+        (1024, 2, 0)
+    );
+    let calls = rig.mmu.stats().protected;
+    assert_eq!(calls.calls_of(HandOffStep::Block), 1024 + 2);
+    assert_eq!(calls.calls_of(HandOffStep::Remove), 1024);
+    assert_eq!(calls.calls_of(HandOffStep::Unlink), 2);
+    assert_eq!(calls.calls_of(HandOffStep::Flush), 2);
+    assert_eq!(rig.table().twins_out(), twins - 2);
+    rig.check();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    assert_eq!(rig.mmu.stats().tables, 3);
+    rig.check();
+}
+
+#[test]
+fn a_part_of_a_table_leaves_the_table() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..8 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let removed = rig.mmu.zap_private(SPACE, Gfn(2)..Gfn(5)).unwrap();
+    assert_eq!((removed.frames, removed.tables), (3, 0));
+    assert_eq!(vcpu.fault(private(1)), Ok(Outcome::Spurious));
+    assert_eq!(vcpu.fault(private(2)), fixed(Level::L1));
+    rig.check();
+}
+
+#[test]
+fn a_dead_guest_costs_one_call_a_page() {
+    let mut rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..600 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    drop(rig.td_vcpu.take());
+    let td = rig.table().td().clone();
+    assert!(td.mng_vpflushdone().is_success());
+    assert!(td.phymem_cache_wb().is_success());
+    assert!(td.mng_key_freeid().is_success());
+    let before = rig.mmu.stats().protected;
+    let removed = rig.mmu.reclaim_private().unwrap();
+    assert_eq!(
+        (removed.frames, removed.tables, removed.leaked),
+        (600, 4, 0)
+    );
+    let after = rig.mmu.stats().protected;
+    let calls: u64 = after.calls.iter().sum::<u64>() - before.calls.iter().sum::<u64>();
+    assert_eq!(calls, 604);
+    assert_eq!(after.calls_of(HandOffStep::Reclaim), 604);
+    assert_eq!(rig.mmu.phase(), Some(Phase::Dead));
+    assert_eq!(vcpu.fault(private(3)), fault(MemoryFault::NotBacked));
+    // Control page and root table are the embedder's: three pages were given at the start, and the vCPU's.
+    assert_eq!(td.child_count(), 3);
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+}
+
+#[test]
+fn a_page_that_a_dead_guest_keeps_is_leaked_and_reported() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    // The key was never released: the module gives nothing back.
+    let error = rig.mmu.reclaim_private().unwrap_err();
+    assert_eq!((error.removed.frames, error.removed.tables), (0, 3));
+    assert_eq!((error.failed, error.removed.leaked), (7, 7));
+    assert_eq!(error.first.step, HandOffStep::Reclaim);
+    assert_eq!(rig.mmu.stats().protected.leaked, 7);
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+}
+
+#[test]
+fn a_slot_takes_its_private_memory_along() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(1)), fixed(Level::L1));
+    let id = rig.mmu.slots().list(SPACE)[0].id();
+    rig.mmu.slots().remove(SPACE, id).unwrap();
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    assert_eq!(vcpu.fault(private(1)), fault(MemoryFault::NotBacked));
+    rig.check();
+}
+
+#[test]
+fn a_private_fault_in_a_window_is_sent_back_three_times_at_most() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    let window = rig.mmu.invalidate_begin(SPACE, Gfn(0)..Gfn(1));
+    for _ in 0..3 {
+        assert_eq!(
+            vcpu.fault(private(0)),
+            Ok(Outcome::Retry(RetryReason::Invalidation))
+        );
+    }
+    // Now the wait goes on until the window closes.
+    let (started, begun) = std::sync::mpsc::channel();
+    let fault = std::thread::spawn(move || {
+        started.send(()).unwrap();
+        vcpu.fault(private(0))
+    });
+    begun.recv().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(!fault.is_finished());
+    drop(window);
+    assert_eq!(fault.join().unwrap(), fixed(Level::L1));
+    assert_eq!(rig.mmu.stats().protected.sent_back, 3);
+    rig.check();
+}
+
+#[test]
+fn every_call_is_counted_as_the_module_counts_it() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..20 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    let counted = rig.mmu.stats().protected;
+    let module = rig.table().td().call_counts();
+    for step in HandOffStep::ALL {
+        assert_eq!(
+            counted.calls_of(step),
+            module.of(Call::of_step(step)).made,
+            "{}",
+            step.name()
+        );
+    }
+}

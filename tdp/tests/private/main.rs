@@ -1,0 +1,12 @@
+//! The private half: hand-offs to the model of the TDX module, one thread at a time.
+
+#[cfg(not(loom))]
+mod convert;
+#[cfg(not(loom))]
+mod failures;
+#[cfg(not(loom))]
+mod life;
+#[cfg(not(loom))]
+mod resize;
+#[cfg(not(loom))]
+mod rig;
