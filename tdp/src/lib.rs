@@ -52,6 +52,7 @@ mod life;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;
+mod prefault;
 mod private_fault;
 pub mod protected;
 mod range;
@@ -79,10 +80,11 @@ pub use host::{
     OutOfFrames,
 };
 pub use invalidate::Invalidation;
-pub use life::{FoldError, ImageError, PrivateImage, ProtectedAudit};
+pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
 pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
+pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
 pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
 pub use root::LoadedRoot;

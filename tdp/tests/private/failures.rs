@@ -16,7 +16,9 @@ fn busy(every: u64) -> impl FnMut(Call) -> Option<(Status, Operand)> + Send {
             Call::MemTrack => Operand::TD_EPOCH,
             _ => Operand::RCX,
         };
-        count.is_multiple_of(every).then_some((Status::OperandBusy, operand))
+        count
+            .is_multiple_of(every)
+            .then_some((Status::OperandBusy, operand))
     }
 }
 
