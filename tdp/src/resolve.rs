@@ -115,8 +115,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.is_among(invalidated, gfn, Level::L1) {
             return Resolution::Done(self.ctx.retry(RetryReason::Invalidation));
         }
-        let Some(slot) = self.find_slot(section, gfn) else {
-            return Resolution::Done(self.ctx.mmio(&mut self.cache, fault));
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        let Some(slot) = self.find_slot(snapshot, gfn) else {
+            let outcome = self.ctx.mmio(&mut self.cache, fault, snapshot.generation);
+            return Resolution::Done(outcome);
         };
         if slot.changing {
             return Resolution::Done(self.ctx.retry(RetryReason::SlotChanging));
