@@ -473,7 +473,8 @@ impl<F: Format, H: Host> Mmu<F, H> {
         TableMeta::BYTES
     }
 
-    /// Waits until everything that was retired before is freed.
+    /// Waits for a grace period: until every fault, batch and sweep that began before has ended. What was retired before
+    /// is freed then, unless one that began meanwhile holds it up.
     ///
     /// Must not be called from inside a [`Batch`](crate::Batch) or a host callback.
     pub fn synchronize(&self) {

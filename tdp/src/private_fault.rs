@@ -190,7 +190,8 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         if let Some(outcome) = core.private_fast(section, gfn, fault.max_level) {
             return Ok(outcome);
         }
-        core.top_up(false)?;
+        self.top_up()?;
+        let (section, core) = (&self.section, &mut *self.core);
         core.top_up_twins()?;
         Ok(
             match core.resolve_private(section, gfn, fault.max_level, None, None) {
@@ -313,7 +314,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !self.ctx.is_private(gfn) {
             return done(self.ctx.memory_fault(MemoryFault::IsShared));
         }
-        let Some(slot) = self.find_slot(section, gfn) else {
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        let Some(slot) = self.find_slot(snapshot, gfn) else {
             return done(self.ctx.memory_fault(MemoryFault::NotBacked));
         };
         if slot.changing {
