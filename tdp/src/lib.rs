@@ -38,6 +38,7 @@ extern crate std;
 
 mod attributes;
 mod confidential;
+mod dump;
 mod entry;
 mod fault;
 mod frozen;
@@ -72,6 +73,7 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 pub use frozen::{EntryPlace, FrozenEntry};
