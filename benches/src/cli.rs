@@ -4,7 +4,7 @@
 //! standard error that names the thing.
 
 use crate::report::{Error, Output};
-use crate::{demand_paging, replay};
+use crate::{demand_paging, private_faults, replay};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -20,7 +20,8 @@ contenders measured in one run carry over.
 Examples:
   tdp-bench demand-paging                                   a first look, a few seconds, and a Linux boot replayed
   tdp-bench demand-paging -v 2 -b 1G -f both --json out.json
-  tdp-bench replay benches/testdata";
+  tdp-bench replay benches/testdata
+  tdp-bench private-faults -v 64 --backend-cost 1ms --backend-wait sleep     calls of a trusted module overlap";
 
 #[derive(Debug, Parser)]
 #[command(name = "tdp-bench", version, about = "Benchmarks of the tdp lock-free two-dimensional-paging MMU", after_help = AFTER_HELP)]
@@ -36,6 +37,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Scenario {
     DemandPaging(demand_paging::Args),
+    PrivateFaults(private_faults::Args),
     Replay(replay::Args),
 }
 
@@ -43,6 +45,7 @@ impl Scenario {
     fn run(&self, output: &Output) -> Result<(), Error> {
         match self {
             Self::DemandPaging(args) => demand_paging::run(args, output),
+            Self::PrivateFaults(args) => private_faults::run(args, output),
             Self::Replay(args) => replay::run(args, output),
         }
     }

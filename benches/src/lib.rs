@@ -6,12 +6,15 @@
 
 pub mod baseline;
 pub mod cli;
+pub mod confidential;
 pub mod demand_paging;
 pub mod formats;
 pub mod ours;
+pub mod private_faults;
 pub mod race;
 pub mod replay;
 pub mod report;
 pub mod size;
 pub mod sync;
 pub mod sys;
+pub mod time;

@@ -8,8 +8,8 @@ use std::sync::{Arc, OnceLock};
 use tdp::protected::Unprotected;
 use tdp::{
     Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot,
-    Lookup, Mapping, MmapPool, Mmu, OutOfFrames, Outcome, Perms, PoolConfig, Slot, SoftwareHost,
-    TableMemory, Vcpu,
+    Lookup, Mapping, MmapPool, Mmu, OutOfFrames, Outcome, Perms, PoolConfig, ProtectedTable, Slot,
+    SoftwareHost, TableMemory, TlbTracker, Vcpu,
 };
 use tdp_arch::walker::{
     ConfigError, EptConfig, EptWalker, GuestAccess, NptConfig, NptWalker, Permissions, ReadOnly,
@@ -18,11 +18,11 @@ use tdp_arch::walker::{
 use tdp_arch::{Ept, Format, Gfn, Level, Npt, PAGE_SIZE, Pfn};
 
 /// Bits of physical address of the processor that is meant.
-const PHYSICAL_BITS: u32 = tdp_arch::addr::MAX_PHYSICAL_BITS;
+pub(crate) const PHYSICAL_BITS: u32 = tdp_arch::addr::MAX_PHYSICAL_BITS;
 /// The first table frame. Guest memory lies elsewhere, so that a table taken for a page or the reverse is seen.
-const POOL_BASE: Pfn = Pfn(1 << 20);
+pub(crate) const POOL_BASE: Pfn = Pfn(1 << 20);
 /// Times that a fault may be told to try again before the run is given up.
-const RETRIES: u32 = 1 << 20;
+pub(crate) const RETRIES: u32 = 1 << 20;
 
 /// A format with its page walker.
 pub trait Walked: Format {
@@ -76,18 +76,31 @@ pub struct OurSetup {
 
 /// A software host that tells how many frames were still out of its pool when it went away.
 #[derive(Debug)]
-pub struct BenchHost {
-    inner: SoftwareHost,
+pub struct BenchHost<P: ProtectedTable = Unprotected> {
+    inner: SoftwareHost<P>,
     left: Arc<OnceLock<usize>>,
 }
 
-impl Host for BenchHost {
+impl<P: ProtectedTable> BenchHost<P> {
+    /// `inner`, which tells `left` when it goes away.
+    pub fn new(inner: SoftwareHost<P>, left: Arc<OnceLock<usize>>) -> Self {
+        Self { inner, left }
+    }
+
+    /// Which software vCPUs are in the guest.
+    pub fn tlb(&self) -> &TlbTracker {
+        self.inner.tlb()
+    }
+}
+
+impl<P: ProtectedTable> Host for BenchHost<P> {
     type Frames = MmapPool;
     type Backing = LinearBacking;
-    type Protected = Unprotected;
+    type Protected = P;
 
-    fn protected(&self) -> &Unprotected {
-        &Unprotected
+    #[inline(always)]
+    fn protected(&self) -> &P {
+        self.inner.protected_table()
     }
 
     #[inline(always)]
@@ -100,12 +113,17 @@ impl Host for BenchHost {
         self.inner.lookup(slot, gfn, access)
     }
 
+    #[inline(always)]
+    fn lookup_private(&self, slot: &Slot<LinearBacking>, gfn: Gfn) -> Lookup {
+        self.inner.lookup_private(slot, gfn)
+    }
+
     fn flush(&self, request: &FlushRequest) {
         self.inner.flush(request);
     }
 }
 
-impl Drop for BenchHost {
+impl<P: ProtectedTable> Drop for BenchHost<P> {
     fn drop(&mut self) {
         // The MMU is gone and can give nothing back any more. Set once: a host is dropped once.
         let _ = self.left.set(self.inner.frames().allocated());
@@ -215,10 +233,7 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         let pool = MmapPool::new(config).map_err(|e| failed(e.into()))?;
         pool.populate();
         let left = Arc::new(OnceLock::new());
-        let host = BenchHost {
-            inner: SoftwareHost::new(pool),
-            left: left.clone(),
-        };
+        let host = BenchHost::new(SoftwareHost::new(pool), left.clone());
         let mmu = Mmu::<F, _>::builder(host)
             .levels(setup.root)
             .physical_bits(PHYSICAL_BITS)

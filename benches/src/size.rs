@@ -1,7 +1,29 @@
 //! Sizes on the command line: bytes with a binary suffix, as KVM's selftests take them.
 
-use tdp_arch::PAGE_SIZE;
+use clap::ValueEnum;
 use tdp_arch::addr::MAX_PHYSICAL_BITS;
+use tdp_arch::{Level, PAGE_SIZE};
+
+/// A size of private pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PrivatePage {
+    /// 4 KiB
+    #[value(name = "4k")]
+    FourK,
+    /// 2 MiB
+    #[value(name = "2m")]
+    TwoM,
+}
+
+impl PrivatePage {
+    /// Level of a leaf of this size.
+    pub const fn level(self) -> Level {
+        match self {
+            Self::FourK => Level::L1,
+            Self::TwoM => Level::L2,
+        }
+    }
+}
 
 /// Why a text is not a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

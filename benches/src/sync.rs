@@ -2,7 +2,7 @@
 //!
 //! The baselines stand beside the library and use nothing of it, so they do not take its atomics either.
 
-pub use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+pub use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// A value on cache lines of its own. 128 bytes: processors fetch lines in pairs.
 #[derive(Debug, Default)]

@@ -37,9 +37,6 @@ pub(super) struct Label {
     pub(super) tables: &'static str,
 }
 
-/// Laps that are run at most for one that the operating system leaves alone.
-const ATTEMPTS: u32 = 5;
-
 /// The library's own name among the contenders.
 pub(super) const OURS: &str = "tdp";
 
@@ -325,24 +322,14 @@ pub(super) fn steps(args: &Args, plan: &Plan) -> u64 {
     (lanes * plan.courses.len()) as u64 * u64::from(args.rounds)
 }
 
-/// Runs a lap, again if the operating system took a processor away in the middle of it; after [`ATTEMPTS`] it counts as
-/// it is. More threads than processors cannot but disturb each other.
+/// One lap that counts.
 fn undisturbed(seat: &mut dyn Seat, circuit: &Circuit) -> Result<race::Lap, Error> {
-    let processors = std::thread::available_parallelism().map_or(1, Into::into);
-    let attempts = if circuit.course.orders.len() > processors {
-        1
-    } else {
-        ATTEMPTS
-    };
-    let mut lap = seat.lap(circuit)?;
-    for _ in 1..attempts {
-        if lap.preemptions == 0 {
-            break;
+    race::undisturbed(circuit.course.orders.len(), |again| {
+        if again {
+            seat.reset()?;
         }
-        seat.reset()?;
-        lap = seat.lap(circuit)?;
-    }
-    Ok(lap)
+        seat.lap(circuit)
+    })
 }
 
 /// Runs all rounds of one format.
