@@ -262,18 +262,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if mapping.pfn >= self.ctx.shared.pfn_limit {
             return None;
         }
-        let request = PrivateRequest {
-            gfn,
-            goal: Level::L1,
-            at_most,
-            pfn: mapping.pfn,
-            content: Content::Pending,
-        };
         let root = self.ctx.private_root.as_deref()?;
-        match self
-            .ctx
-            .install_private(root, &mut self.cache, &mut self.twins, request)
-        {
+        match self.ctx.install_private_4k(root, gfn, mapping.pfn)? {
             Step::Done(outcome) => {
                 self.ctx.count(outcome);
                 Some(outcome)
