@@ -57,6 +57,20 @@ pub fn pin(cpu: usize) -> std::io::Result<()> {
     }
 }
 
+/// The processors that the calling thread may run on, in order; none if the system does not tell.
+pub fn allowed() -> Vec<usize> {
+    // SAFETY: a `cpu_set_t` is an array of integers, for which zero is a value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid place of the size given for the result and outlives the call; 0 is the calling thread.
+    if unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0 {
+        return Vec::new();
+    }
+    (0..libc::CPU_SETSIZE as usize)
+        // SAFETY: the number is below `CPU_SETSIZE`.
+        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
+        .collect()
+}
+
 /// Has sleeps of the calling thread, and of threads that it starts from now on, end as soon as their time is over instead of
 /// up to 50 microseconds later.
 ///
@@ -100,6 +114,16 @@ mod tests {
             std::hint::spin_loop();
         }
         assert!(thread_time() > before, "spinning does");
+    }
+
+    #[test]
+    fn a_pinned_thread_may_run_there_only() {
+        let allowed_at_first = allowed();
+        let last = *allowed_at_first.last().expect("this runs somewhere");
+        let pinned = std::thread::spawn(move || pin(last).map(|()| allowed()));
+        let pinned = pinned.join().expect("no panic").expect("it may run there");
+        assert_eq!(pinned, [last]);
+        assert_eq!(allowed(), allowed_at_first, "others stay free");
     }
 
     #[test]

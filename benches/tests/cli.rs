@@ -157,6 +157,9 @@ fn every_contender_runs_and_is_reported() {
 
     assert_eq!(report["scenario"], "demand-paging");
     assert_eq!(report["parameters"]["vcpus"], 2);
+    let cpus = report["parameters"]["cpus"].as_array().map(Vec::len);
+    let enough = std::thread::available_parallelism().is_ok_and(|n| n.get() >= 2);
+    assert_eq!(cpus, Some(if enough { 2 } else { 0 }));
     assert_eq!(report["parameters"]["bytes_per_vcpu"], 4 << 20);
     for name in [
         "floor",

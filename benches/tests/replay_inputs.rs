@@ -178,6 +178,21 @@ fn a_broken_line_is_named_with_its_file() {
     }
 }
 
+/// Cut between two lines, every line that is left is whole: the scenario tells that some are missing.
+#[test]
+fn a_trace_that_is_cut_short_is_refused() {
+    for name in ["anon4k", "slot_delete_move", "thp_2m"] {
+        let mut count = 0;
+        altered(&folder("whole"), name, |lines| count = lines.len());
+        for left in [1, count / 3, count - 1] {
+            let path = altered(&folder("cut_short"), name, |lines| lines.truncate(left));
+            let error = failure(&path);
+            let says = format!("{name}.trace.jsonl: at its end: the trace is cut short: operation");
+            assert!(error.contains(&says), "{left} of {count}: {error}");
+        }
+    }
+}
+
 #[test]
 fn a_line_without_end_is_refused() {
     let path = altered(&folder("long_line"), "anon4k", |lines| {
@@ -344,7 +359,7 @@ fn a_slot_that_cannot_be_is_a_difference() {
         .replace(r#""i":0"#, r#""i":1"#)
         .replace(r#""slot":1"#, r#""slot":2"#);
     let ops = format!("{SLOT},{over}");
-    let begin = BEGIN.replace(r#""op":0"#, r#""op":1"#);
+    let [begin, end] = [BEGIN, END].map(|event| event.replace(r#""op":0"#, r#""op":1"#));
     let tables = [4, 3, 2].map(|level| changed(0, level, 0, NONE, 0x1_8905_1827));
     let leaf = changed(0, 1, 5, NONE, 0x77_7e67);
     let path = made(
@@ -352,6 +367,7 @@ fn a_slot_that_cannot_be_is_a_difference() {
         &ops,
         &[
             BEGIN, END, ROOT, READ_5, ANSWER_5, &tables[0], &tables[1], &tables[2], &leaf, &begin,
+            &end,
         ],
     );
     let found = run(&path);

@@ -11,7 +11,7 @@
 
 use crate::entry::{self, EntryRef};
 use crate::host::AddressSpaceId;
-use crate::stats::Tally;
+use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Gfn, GfnRange, Level, Spte};
 
 /// Place of an entry in a private tree.
@@ -90,6 +90,16 @@ impl<'a> FrozenEntry<'a> {
     pub(crate) fn publish<F: Format>(self, new: Spte, tally: &impl Tally) {
         entry::account::<F>(self.place.level, self.old, new, tally);
         self.entry.thaw(new);
+        core::mem::forget(self);
+    }
+}
+
+impl FrozenEntry<'_> {
+    /// [`publish`](FrozenEntry::publish) of a leaf where nothing was.
+    #[inline(always)]
+    pub(crate) fn publish_new(self, leaf: Spte, tally: &impl Tally) {
+        tally.add(Stat::pages(self.place.level), 1);
+        self.entry.thaw(leaf);
         core::mem::forget(self);
     }
 }

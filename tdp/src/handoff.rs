@@ -136,6 +136,50 @@ impl<F: Format, H: Host> Context<F, H> {
         Step::Wait(RetryReason::Raced)
     }
 
+    /// The common case, one straight line: a leaf of 4 KiB below tables that are there. `None` if it is any other; nothing
+    /// is changed then.
+    #[inline(always)]
+    pub(crate) fn install_private_4k(&self, root: &Root<H>, gfn: Gfn, pfn: Pfn) -> Option<Step> {
+        let frames = self.shared.host.frames();
+        let mut page = table::page(frames, root.pfn);
+        // A loop over constants is unrolled, and each level's shift is one.
+        for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
+            if root.level >= level {
+                let spte = page.get(level.index(gfn)).map(EntryRef::load)?;
+                if !F::is_table(spte) || is_blocked::<F>(spte) {
+                    return None;
+                }
+                page = table::page(frames, F::pfn(spte));
+            }
+        }
+        let entry = page.get(Level::L1.index(gfn))?;
+        let place = EntryPlace {
+            as_id: self.as_id,
+            gfn,
+            level: Level::L1,
+        };
+        let old = entry.load();
+        if old != F::EMPTY {
+            let is_live = F::is_leaf(old, Level::L1) && !is_blocked::<F>(old);
+            return is_live.then_some(Step::Done(Outcome::Spurious));
+        }
+        let frozen = FrozenEntry::freeze::<F>(entry, place, F::EMPTY).ok()?;
+        let hook = self.shared.host.protected();
+        let done = self.caller().call(HandOffStep::Install, &frozen, || {
+            hook.install(&frozen, pfn, Content::Pending)
+        });
+        match done {
+            Ok(()) => {
+                frozen.publish_new(private_leaf::<F>(pfn, Level::L1), &*self.shard);
+                Some(Step::Done(Outcome::Fixed { level: Level::L1 }))
+            }
+            Err(cause) => match self.failed(place, HandOffStep::Install, cause) {
+                Next::Stop(step @ Step::Failed(_)) => Some(step),
+                _ => None,
+            },
+        }
+    }
+
     #[inline(always)]
     fn private_step(
         &self,

@@ -249,12 +249,12 @@ impl<F: Format, H: Host> Context<F, H> {
         Next::Done(Outcome::Fixed { level })
     }
 
-    /// Remembers that there is no memory at the fault's frame, so that the next access exits at once.
+    /// Remembers that there is no memory at the fault's frame, so that the next access exits at once. `generation` is
+    /// that of the slots which were searched, not the newest: memory added meanwhile makes the entry old from the start.
     #[cold]
-    pub(crate) fn mmio(&self, cache: &mut TableCache, fault: Fault) -> Outcome {
+    pub(crate) fn mmio(&self, cache: &mut TableCache, fault: Fault, generation: u64) -> Outcome {
         let gfn = fault.gpa.gfn();
         let mmio = Outcome::Mmio { read_only: false };
-        let generation = self.shared.slots.version();
         let Some(spte) = self
             .shared
             .mmio_caching

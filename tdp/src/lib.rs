@@ -38,6 +38,7 @@ extern crate std;
 
 mod attributes;
 mod confidential;
+mod dump;
 mod entry;
 mod fault;
 mod frozen;
@@ -52,6 +53,7 @@ mod life;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;
+mod prefault;
 mod private_fault;
 pub mod protected;
 mod range;
@@ -71,6 +73,7 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 pub use frozen::{EntryPlace, FrozenEntry};
@@ -79,10 +82,11 @@ pub use host::{
     OutOfFrames,
 };
 pub use invalidate::Invalidation;
-pub use life::{FoldError, ImageError, PrivateImage, ProtectedAudit};
+pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
 pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
+pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
 pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
 pub use root::LoadedRoot;

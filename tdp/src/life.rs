@@ -9,6 +9,7 @@ use crate::confidential::Phase;
 use crate::fault::{FaultError, Outcome};
 use crate::host::{AddressSpaceId, Host, Lookup, Mapping};
 use crate::mmu::{Mmu, MmuError, Shared};
+use crate::private_fault::Origin;
 use crate::protected::{Content, Failure, HandOffCause, Inspected, ProtectedTable};
 use crate::range::{ConvertError, RemovalError, Removed};
 use crate::vcpu::Vcpu;
@@ -61,8 +62,8 @@ impl<F: Format, H: Host> PrivateImage<F, H> {
     /// [`ImageError`]; nothing changed.
     pub fn add(&mut self, gfn: Gfn, page: Pfn, source: Pfn) -> Result<(), ImageError> {
         let mapping = Mapping::memory(page, Level::L1, Perms::RWX);
-        let content = Some((Lookup::Mapped(mapping), Content::Measured { source }));
-        match self.vcpu.fault_private(gfn, Level::L1, content)? {
+        let origin = Origin::Image(Lookup::Mapped(mapping), Content::Measured { source });
+        match self.vcpu.fault_private(gfn, Level::L1, origin)? {
             Outcome::Fixed { .. } => Ok(()),
             outcome => Err(ImageError::Frame { gfn, outcome }),
         }
@@ -289,6 +290,28 @@ impl<F: Format, H: Host> Mmu<F, H> {
         self.shared().visibility(gfn)
     }
 
+    /// Tells an access apart as a fault would, without resolving it.
+    pub fn explain(&self, fault: crate::Fault) -> AccessInfo {
+        use crate::Visibility::{Private, Shared};
+        let Some(confidential) = self.shared().confidential.as_deref() else {
+            let gfn = fault.gpa.gfn();
+            return AccessInfo {
+                gfn,
+                wanted: None,
+                found: None,
+                block: Level::L1.range(gfn),
+            };
+        };
+        let (gfn, private) = confidential.route(fault.gpa, fault.private);
+        let attributes = &confidential.attributes;
+        AccessInfo {
+            gfn,
+            wanted: Some(if private { Private } else { Shared }),
+            found: Some(attributes.get(gfn)),
+            block: attributes.largest_level(gfn, Level::L3).range(gfn),
+        }
+    }
+
     /// Calls `each` for every longest run of frames of one visibility in a range, in order. Conversions may run meanwhile.
     /// Calls nothing for a guest without a private half.
     pub fn visibilities(
@@ -319,6 +342,20 @@ impl<F: Format, H: Host> Mmu<F, H> {
     pub fn audit_protected(&self, as_id: AddressSpaceId) -> ProtectedAudit {
         self.shared().audit_protected(as_id)
     }
+}
+
+/// What an access was, and what memory it met: for the embedder that gets a [`MemoryFault`](crate::MemoryFault).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AccessInfo {
+    /// Guest frame, without the bit that makes an address shared.
+    pub gfn: Gfn,
+    /// What the access was to; `None` for a guest without a private half.
+    pub wanted: Option<crate::Visibility>,
+    /// What the frame is.
+    pub found: Option<crate::Visibility>,
+    /// The largest block of 4 KiB, 2 MiB or 1 GiB around the frame that is the same throughout.
+    pub block: GfnRange,
 }
 
 /// Private memory could not be folded.

@@ -428,15 +428,28 @@ impl<F: Format, H: Host> Mmu<F, H> {
         range: impl Into<GfnRange>,
         see: impl FnMut(Leaf),
     ) {
-        self.shared.visit_leaves(as_id, range.into(), see);
+        self.shared
+            .visit_leaves(as_id, Half::Shared, range.into(), see);
     }
 
-    /// The leaf that maps `gfn` now.
+    /// The same for the private half: what the library believes the protected table to map. Large leaves and small ones;
+    /// the permissions mean nothing there.
+    pub fn visit_private_leaves(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+        see: impl FnMut(Leaf),
+    ) {
+        self.shared
+            .visit_leaves(as_id, Half::Private, range.into(), see);
+    }
+
+    /// The leaf of the shared half that maps `gfn` now.
     pub fn translate(&self, as_id: AddressSpaceId, gfn: Gfn) -> Option<Leaf> {
         let mut found = None;
         let range = GfnRange::new(gfn, 1)?;
         self.shared
-            .visit_leaves(as_id, range, |leaf| found = Some(leaf));
+            .visit_leaves(as_id, Half::Shared, range, |leaf| found = Some(leaf));
         found
     }
 
@@ -460,7 +473,8 @@ impl<F: Format, H: Host> Mmu<F, H> {
         TableMeta::BYTES
     }
 
-    /// Waits until everything that was retired before is freed.
+    /// Waits for a grace period: until every fault, batch and sweep that began before has ended. What was retired before
+    /// is freed then, unless one that began meanwhile holds it up.
     ///
     /// Must not be called from inside a [`Batch`](crate::Batch) or a host callback.
     pub fn synchronize(&self) {

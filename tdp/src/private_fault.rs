@@ -38,6 +38,17 @@ enum Attempt<B> {
     Sleep(Arc<Slot<B>>, u64),
 }
 
+/// Who wants private memory mapped.
+#[derive(Clone, Copy)]
+pub(crate) enum Origin {
+    /// The guest waits for it.
+    Guest,
+    /// Nobody waits for it yet.
+    Prefault,
+    /// The image of a guest that is being built: this page, with this content.
+    Image(Lookup, Content),
+}
+
 /// What a sleeping look-up found, for which slot, and the invalidation sequence before it.
 struct Slept<'a, B> {
     slot: &'a Arc<Slot<B>>,
@@ -53,7 +64,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             return Ok(self.core.ctx.memory_fault(MemoryFault::BeyondWidth));
         };
         if private {
-            return self.fault_private(gfn, fault.max_level, None);
+            return self.fault_private(gfn, fault.max_level, Origin::Guest);
         }
         let section = self.reader.enter();
         let fast = self.core.shared_fast(&section, gfn, &fault);
@@ -68,14 +79,14 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         }
     }
 
-    /// Resolves a private fault. With `content`, which comes with a page, it builds the guest instead.
+    /// Resolves a private fault, or what is to be treated as one.
     pub(crate) fn fault_private(
         &mut self,
         gfn: Gfn,
         at_most: Level,
-        content: Option<(Lookup, Content)>,
+        origin: Origin,
     ) -> Result<Outcome, FaultError> {
-        if content.is_none() {
+        if !matches!(origin, Origin::Image(..)) {
             let section = self.reader.enter();
             let fast = self.core.private_fast(&section, gfn, at_most);
             drop(section);
@@ -83,7 +94,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 return Ok(outcome);
             }
         }
-        self.fault_private_slow(gfn, at_most, content)
+        self.fault_private_slow(gfn, at_most, origin)
     }
 
     #[cold]
@@ -92,8 +103,12 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         &mut self,
         gfn: Gfn,
         at_most: Level,
-        content: Option<(Lookup, Content)>,
+        origin: Origin,
     ) -> Result<Outcome, FaultError> {
+        let content = match origin {
+            Origin::Image(lookup, content) => Some((lookup, content)),
+            Origin::Guest | Origin::Prefault => None,
+        };
         let mut pause = Pause::new();
         loop {
             self.core.top_up(true)?;
@@ -142,7 +157,11 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 }
                 Step::Wait(reason) => reason,
             };
-            if pause.is_over() && self.core.may_send_back(gfn) {
+            let may_end = |core: &mut VcpuCore<F, H>| match origin {
+                Origin::Guest => core.may_send_back(gfn),
+                Origin::Prefault | Origin::Image(..) => true,
+            };
+            if pause.is_over() && may_end(&mut self.core) {
                 return Ok(self.core.ctx.retry(reason));
             }
             pause.wait();
@@ -171,7 +190,8 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         if let Some(outcome) = core.private_fast(section, gfn, fault.max_level) {
             return Ok(outcome);
         }
-        core.top_up(false)?;
+        self.top_up()?;
+        let (section, core) = (&self.section, &mut *self.core);
         core.top_up_twins()?;
         Ok(
             match core.resolve_private(section, gfn, fault.max_level, None, None) {
@@ -242,23 +262,14 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if mapping.pfn >= self.ctx.shared.pfn_limit {
             return None;
         }
-        let request = PrivateRequest {
-            gfn,
-            goal: Level::L1,
-            at_most,
-            pfn: mapping.pfn,
-            content: Content::Pending,
-        };
         let root = self.ctx.private_root.as_deref()?;
-        match self
-            .ctx
-            .install_private(root, &mut self.cache, &mut self.twins, request)
-        {
+        match self.ctx.install_private_4k(root, gfn, mapping.pfn)? {
             Step::Done(outcome) => {
                 self.ctx.count(outcome);
                 Some(outcome)
             }
-            _ => None,
+            Step::Failed(error) => Some(self.ctx.refused(error)),
+            Step::Wait(_) | Step::Split => None,
         }
     }
 
@@ -293,7 +304,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !self.ctx.is_private(gfn) {
             return done(self.ctx.memory_fault(MemoryFault::IsShared));
         }
-        let Some(slot) = self.find_slot(section, gfn) else {
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        let Some(slot) = self.find_slot(snapshot, gfn) else {
             return done(self.ctx.memory_fault(MemoryFault::NotBacked));
         };
         if slot.changing {

@@ -119,8 +119,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.is_private(gfn) {
             return Resolution::Done(self.ctx.memory_fault(MemoryFault::IsPrivate));
         }
-        let Some(slot) = self.find_slot(section, gfn) else {
-            return Resolution::Done(self.ctx.mmio(&mut self.cache, fault));
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        let Some(slot) = self.find_slot(snapshot, gfn) else {
+            let outcome = self.ctx.mmio(&mut self.cache, fault, snapshot.generation);
+            return Resolution::Done(outcome);
         };
         if slot.changing {
             return Resolution::Done(self.ctx.retry(RetryReason::SlotChanging));

@@ -11,7 +11,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange};
-use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, Ordering};
+use tdp_rcu::sync::{AtomicPtr, AtomicU64, CachePadded, Mutex, MutexGuard, Ordering};
 use tdp_rcu::{Section, Visit};
 
 /// The map as readers find it.
@@ -157,7 +157,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError::NoSuchSlot`].
     pub fn remove(&self, as_id: AddressSpaceId, id: SlotId) -> Result<(), SlotError> {
-        self.replace(as_id, id, |_| None)
+        let writer = self.shared.slots.writer.lock();
+        self.replace(&writer, as_id, id, |_| None)
     }
 
     /// Moves a slot to other guest frames. What it mapped is taken away; faults map it anew.
@@ -168,7 +169,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError`]; nothing changed.
     pub fn move_to(&self, as_id: AddressSpaceId, id: SlotId, start: Gfn) -> Result<(), SlotError> {
-        self.replace(as_id, id, |slot| Some(slot.moved_to(start)))
+        let writer = self.shared.slots.writer.lock();
+        self.replace(&writer, as_id, id, |slot| Some(slot.moved_to(start)))
     }
 
     /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
@@ -186,10 +188,11 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ) -> Result<(), SlotError> {
         let remaps =
             |slot: &Slot<H::Backing>| (slot.flags() ^ flags).contains(SlotFlags::READ_ONLY);
+        // Held from here on: another change of the flags must not come between the question and its answer.
+        let writer = self.shared.slots.writer.lock();
         if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
-            self.replace(as_id, id, |slot| Some(slot.with_flags(flags)))
+            self.replace(&writer, as_id, id, |slot| Some(slot.with_flags(flags)))
         } else {
-            let _writer = self.shared.slots.writer.lock();
             self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
         }
     }
@@ -197,11 +200,11 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     /// Takes away what a slot maps and puts what `change` makes of it in its place.
     fn replace(
         &self,
+        _writer: &MutexGuard<'_, ()>,
         as_id: AddressSpaceId,
         id: SlotId,
         change: impl Fn(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
     ) -> Result<(), SlotError> {
-        let _writer = self.shared.slots.writer.lock();
         let limit = self.limit();
         // Refused before anything is published, so that the tables stay as they are.
         let gfns = {

@@ -234,7 +234,7 @@ impl TlbTracker {
 impl TlbRecord {
     /// Whether its vCPU is in the guest with an older epoch.
     fn is_behind(&self, epoch: u64) -> bool {
-        // Acquire: pairs with the Release of `exit`, so that what the vCPU did inside came before.
+        // Acquire: pairs with the Release of `exit` and `enter`, so that what the vCPU did inside came before.
         let inside = self.inside.load(Ordering::Acquire);
         inside != OUTSIDE && inside < epoch
     }
@@ -255,7 +255,9 @@ impl TlbVcpu {
     pub fn enter(&mut self) -> bool {
         loop {
             let epoch = self.tracker.epoch.load(Ordering::Relaxed);
-            self.record.inside.store(epoch, Ordering::Relaxed);
+            // Release, as in `exit`: the tracker may load this one, find the vCPU inside with the new epoch and go on
+            // without having seen the `exit` before it. A plain store would not carry what came before that `exit`.
+            self.record.inside.store(epoch, Ordering::Release);
             // SeqCst: pairs with the fence in `track`. If the store is ordered first, the tracker sees this vCPU inside;
             // if the tracker's advance is, the load below sees the new epoch and entry starts over.
             fence(Ordering::SeqCst);

@@ -11,7 +11,7 @@ use crate::mmu::{MmuError, Shared};
 use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
 use crate::root::{LoadedRoot, Root};
-use crate::slots::Slot;
+use crate::slots::{Slot, Snapshot};
 use crate::stats::Shard;
 use crate::table::{self, TableCache, TableState};
 use alloc::sync::Arc;
@@ -316,11 +316,19 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     #[cold]
     #[inline(never)]
     pub(crate) fn fault_slow(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        self.core.top_up(false)?;
+        self.top_up()?;
         match self.core.resolve(&self.section, fault) {
             Resolution::Done(outcome) => Ok(outcome),
             Resolution::Sleep(..) => Ok(self.core.ctx.retry(RetryReason::Backing)),
         }
+    }
+
+    /// What was retired lately waits for this very section, which lets go of it when it is renewed.
+    pub(crate) fn top_up(&mut self) -> Result<(), FaultError> {
+        self.core.top_up(false).or_else(|_| {
+            self.section.repin();
+            self.core.top_up(false)
+        })
     }
 
     /// As [`Vcpu::map`].
@@ -351,7 +359,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         mapping: Mapping,
         access: Access,
     ) -> Result<Outcome, FaultError> {
-        self.core.top_up(false)?;
+        self.top_up()?;
         Ok(self.core.map(&self.section, gfn, mapping, access))
     }
 }
@@ -385,17 +393,22 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         self.install_mapping(fault, mapping.level, mapping, mapping.perms, None)
     }
 
-    /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, drives reclamation
-    /// forward (INV: bounded-garbage), and waits for grace periods if this vCPU is not inside a section that would hold
-    /// them up.
+    /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, or where more waits for
+    /// grace periods than the bound allows, drives reclamation forward (INV: bounded-garbage). Inside a section, which
+    /// would hold up whatever was retired since it began, that is tried once and not waited for.
     pub(crate) fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
-        let mut reclaimed = !outside;
+        let rounds = if outside { RECLAIM_ROUNDS } else { 1 };
+        let mut reclaimed = false;
         while self.cache.len() < TABLES_PER_FAULT {
+            if !reclaimed && self.ctx.shared.domain.is_over_bound() {
+                self.ctx.shared.domain.reclaim(rounds);
+                reclaimed = true;
+            }
             match self.allocate() {
                 Ok(()) => {}
                 Err(error) if reclaimed => return Err(error.into()),
                 Err(_) => {
-                    self.ctx.shared.domain.drain(RECLAIM_ROUNDS);
+                    self.ctx.shared.domain.drain(rounds);
                     reclaimed = true;
                 }
             }
@@ -433,13 +446,12 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         slot.contains(gfn).then_some(slot)
     }
 
-    /// The slot that holds `gfn`.
+    /// The slot of `snapshot` that holds `gfn`.
     pub(crate) fn find_slot<'s>(
         &mut self,
-        section: &'s Section<'_>,
+        snapshot: &'s Snapshot<H::Backing>,
         gfn: Gfn,
     ) -> Option<&'s Arc<Slot<H::Backing>>> {
-        let snapshot = self.ctx.shared.slots.snapshot(section);
         let slot = snapshot.find(self.ctx.as_id, gfn)?;
         self.hint = SlotHint {
             version: snapshot.generation,

@@ -223,7 +223,7 @@ fn scaling(lane: &LaneResult) -> Option<f64> {
 }
 
 impl<'a> Body<'a> {
-    pub(super) fn new(args: &'a Args, plan: &Plan, results: &'a [FormatResult]) -> Self {
+    pub(super) fn new(args: &'a Args, plan: &'a Plan, results: &'a [FormatResult]) -> Self {
         let rows = |ours: bool| {
             results
                 .iter()
@@ -258,7 +258,10 @@ impl<'a> Body<'a> {
                 random: args.random,
                 seed: args.seed,
                 formats: results.iter().map(|result| result.format).collect(),
-                cpus: &args.cpus,
+                cpus: plan
+                    .courses
+                    .last()
+                    .map_or(&[], |circuit| &circuit.course.cpus),
                 rounds: args.rounds,
                 levels: args.levels,
                 pool_frames: plan.frames,

@@ -76,7 +76,7 @@ pub struct Args {
     #[arg(short = 'f', long, value_enum, default_value_t = FormatChoice::Both)]
     format: FormatChoice,
 
-    /// Processors to tie vCPUs to, one for each, as in 0,1
+    /// Processors to tie vCPUs to, one for each, as in 0,1 [default: several vCPUs to the first, if there are enough]
     #[arg(short = 'c', long, value_name = "CPU,…", value_delimiter = ',')]
     cpus: Vec<usize>,
 

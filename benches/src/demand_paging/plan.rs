@@ -81,9 +81,9 @@ impl Plan {
             pfn: Pfn(GUEST_START.0 + HOST_OFFSET),
             level,
         };
-        let mut courses = vec![Circuit::new(args, level, 1)?];
+        let mut courses = vec![Circuit::new(args, level, 1, args.cpus.clone())?];
         if vcpus > 1 {
-            courses.push(Circuit::new(args, level, vcpus)?);
+            courses.push(Circuit::new(args, level, vcpus, cpus(args))?);
         }
         Ok(Self {
             backing,
@@ -92,6 +92,18 @@ impl Plan {
             frames: frames(args, gfns, level, root)?,
         })
     }
+}
+
+/// Processors for several vCPUs: those asked for, or one for each if there are as many. Left to the scheduler, two threads
+/// of a few milliseconds may be run one after the other on one processor, which is not what is to be measured.
+fn cpus(args: &Args) -> Vec<usize> {
+    if !args.cpus.is_empty() {
+        return args.cpus.clone();
+    }
+    let vcpus = usize::from(args.vcpus);
+    let mut cpus = sys::allowed();
+    cpus.truncate(vcpus);
+    if cpus.len() < vcpus { Vec::new() } else { cpus }
 }
 
 /// Frames for the library's tables: what was asked for, or what the run needs.
@@ -116,7 +128,7 @@ fn frames(args: &Args, gfns: GfnRange, level: Level, root: Level) -> Result<usiz
 }
 
 impl Circuit {
-    fn new(args: &Args, page: Level, vcpus: usize) -> Result<Self, Error> {
+    fn new(args: &Args, page: Level, vcpus: usize, cpus: Vec<usize>) -> Result<Self, Error> {
         let (per, vcpus) = (args.bytes / page.bytes(), vcpus as u64);
         let total = per * vcpus;
         let orders = (0..vcpus)
@@ -130,7 +142,7 @@ impl Circuit {
             base: GUEST_START,
             page,
             orders,
-            cpus: args.cpus.clone(),
+            cpus,
         };
         Ok(Self {
             course,

@@ -160,6 +160,9 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
     if events == 0 {
         return Err(at("the trace is empty".into()));
     }
+    if !cut {
+        story.check_whole().map_err(|e| at(e.into()))?;
+    }
     story.finish(cut);
     for step in story.take_steps() {
         driver.execute(&step, story.expected()).map_err(at)?;

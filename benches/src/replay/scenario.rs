@@ -79,6 +79,11 @@ impl Scenario {
         })
     }
 
+    /// The indices of all operations.
+    pub fn indices(&self) -> impl Iterator<Item = u32> {
+        self.ops.keys().copied()
+    }
+
     /// The operation with this index.
     pub fn op(&self, index: u32) -> Option<&Op> {
         self.ops.get(&index)

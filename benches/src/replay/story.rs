@@ -68,6 +68,8 @@ struct Thread {
 #[derive(Debug)]
 pub struct Story {
     scenario: Scenario,
+    /// Operations of the scenario whose end the trace has yet to show.
+    not_ended: BTreeSet<u32>,
     expected: Expected,
     threads: BTreeMap<u32, Thread>,
     in_smm: HashMap<u32, bool>,
@@ -86,6 +88,7 @@ impl Story {
     pub fn new(scenario: Scenario) -> Self {
         let expected = Expected::new(scenario.nx_huge_pages);
         Self {
+            not_ended: scenario.indices().collect(),
             scenario,
             expected,
             threads: BTreeMap::new(),
@@ -128,7 +131,8 @@ impl Story {
                 self.close(t, End::Went);
                 self.begin(t, *index)?;
             }
-            Event::OpEnd(_) => {
+            Event::OpEnd(index) => {
+                self.not_ended.remove(index);
                 self.close(t, End::Went);
                 self.end(t);
             }
@@ -188,6 +192,20 @@ impl Story {
             self.compare();
         }
         Ok(())
+    }
+
+    /// Whether the trace has shown all of the scenario.
+    ///
+    /// # Errors
+    ///
+    /// One line of text that names the first operation whose end is missing.
+    pub fn check_whole(&self) -> Result<(), String> {
+        match self.not_ended.first() {
+            Some(index) => Err(format!(
+                "the trace is cut short: operation {index} of the scenario has not ended"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// The trace ends here, or with `cut` the replay does: a fault whose effect is not known then is left out.

@@ -11,22 +11,25 @@ fn frames(start: u64, end: u64) -> GfnRange {
     (Gfn(start)..Gfn(end)).into()
 }
 
-/// Explores every interleaving of `write` and `read` on what `prepare` leaves.
+/// Explores `write` and `read` side by side on what `prepare` leaves.
+///
+/// The reader is the thread that is spawned, so that in the first execution it comes last. loom goes back from a load to
+/// the stores that it might have come before, but a store only to the latest load, which here is the writer's own.
 fn explore(
     limit: u64,
     prepare: impl Fn(&Attributes) + Send + Sync + 'static,
-    write: impl Fn(&Attributes) + Copy + Send + Sync + 'static,
-    read: impl Fn(&Attributes) + Send + Sync + 'static,
+    write: impl Fn(&Attributes) + Send + Sync + 'static,
+    read: impl Fn(&Attributes) + Copy + Send + Sync + 'static,
 ) {
     loom::model(move || {
         let attributes = Arc::new(Attributes::new(Gfn(limit), Shared));
         prepare(&attributes);
-        let writer = {
+        let reader = {
             let attributes = attributes.clone();
-            thread::spawn(move || write(&attributes))
+            thread::spawn(move || read(&attributes))
         };
-        read(&attributes);
-        writer.join().unwrap();
+        write(&attributes);
+        reader.join().unwrap();
         read(&attributes);
     });
 }

@@ -1,7 +1,7 @@
 //! Nodes of the attribute tree, and the marked pointers to them. The protocol is told in [`attributes`](super).
 //!
-//! A node knows its frames by their numbers relative to its first; higher bits of a number are ignored. Whatever changes
-//! a node is called with the writer's mutex held.
+//! Frames are numbered from the first of the node that is asked; a leaf ignores higher bits and takes full numbers as well.
+//! Whatever changes a node is called with the writer's mutex held.
 
 use super::{Visibility, past};
 use alloc::boxed::Box;
@@ -37,8 +37,11 @@ pub(super) trait Node {
     fn set(&self, range: Range<u64>, visibility: Visibility);
     /// What all frames are, if they are one.
     fn whole(&self) -> Option<Visibility>;
+    /// As the function [`find`], below this node.
     fn find(&self, at: u64) -> Option<(Below<'_>, u32)>;
+    /// As the function [`leaf`], below this node.
     fn leaf(&self, at: u64) -> Option<&Leaf>;
+    /// As the function [`leaf_or_new`], below this node.
     fn leaf_or_new(&self, at: u64) -> Option<&Leaf>;
 }
 
@@ -405,7 +408,7 @@ impl Node for Leaf {
     fn whole(&self) -> Option<Visibility> {
         match self.private.get() {
             0 => Some(Visibility::Shared),
-            u64::MAX => Some(Visibility::Private),
+            Self::FRAMES => Some(Visibility::Private),
             _ => None,
         }
     }

@@ -190,7 +190,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         }
         if needs_block {
             for (removal, slot) in work.iter_mut().zip(&mut frozen) {
-                let Some(entry) = slot else { continue };
+                let Some(entry) = slot.as_mut().filter(|it| self.is_known(it)) else {
+                    continue;
+                };
                 if let Err(cause) = self.block(entry) {
                     removal.fail(HandOffStep::Block, cause);
                     *slot = None;
@@ -232,22 +234,29 @@ impl<F: Format, H: Host> Shared<F, H> {
     ) -> Result<(), (HandOffStep, HandOffCause)> {
         let table = self.host.protected();
         let caller = self.sweep_caller(Patience::Endless);
+        if !self.is_known(frozen) {
+            return Ok(());
+        }
         let (step, done) = if F::is_leaf(frozen.old(), frozen.place().level) {
             let step = HandOffStep::Remove;
             (
                 step,
                 caller.call(step, frozen, || table.remove(frozen, drained)),
             )
-        } else if self.meta.twin(F::pfn(frozen.old())).is_some() {
+        } else {
             let step = HandOffStep::Unlink;
             (
                 step,
                 caller.call(step, frozen, || table.unlink(frozen, drained)),
             )
-        } else {
-            return Ok(());
         };
         done.map_err(|cause| (step, cause))
+    }
+
+    /// Whether the module has what an entry stands for: a page always, a table if it was linked with a twin.
+    fn is_known(&self, frozen: &FrozenEntry<'_>) -> bool {
+        F::is_leaf(frozen.old(), frozen.place().level)
+            || self.meta.twin(F::pfn(frozen.old())).is_some()
     }
 
     /// Takes the page behind an entry of a dead guest back, or leaks it. The entry is empty in any case.

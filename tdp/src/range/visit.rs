@@ -3,6 +3,7 @@
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
+use crate::root::Half;
 use tdp_arch::{Format, Gfn, GfnRange, Level, Perms, Pfn, Spte};
 
 /// A mapped block of guest memory.
@@ -21,14 +22,19 @@ pub struct Leaf {
 }
 
 impl<F: Format, H: Host> Shared<F, H> {
-    /// Calls `see` for every leaf of an address space's current root whose frames meet `range`, in order.
+    /// Calls `see` for every leaf of a half of an address space, in its current root, whose frames meet `range`, in order.
     pub(crate) fn visit_leaves(
         &self,
         as_id: AddressSpaceId,
+        half: Half,
         range: GfnRange,
         mut see: impl FnMut(Leaf),
     ) {
-        let Some(root) = self.roots.current(as_id) else {
+        let root = match half {
+            Half::Shared => self.roots.current(as_id),
+            Half::Private => self.roots.private(as_id),
+        };
+        let Some(root) = root else {
             return;
         };
         let mut visit = self.domain.visit();

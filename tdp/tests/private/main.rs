@@ -7,6 +7,8 @@ mod failures;
 #[cfg(not(loom))]
 mod life;
 #[cfg(not(loom))]
+mod prefault;
+#[cfg(not(loom))]
 mod resize;
 #[cfg(not(loom))]
 mod rig;
