@@ -4,7 +4,9 @@
 //! standard error that names the thing.
 
 use crate::report::{Error, Output};
-use crate::{demand_paging, private_faults, private_mem_conversions, replay, vm_teardown};
+use crate::{
+    demand_paging, pre_fault_memory, private_faults, private_mem_conversions, replay, vm_teardown,
+};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -37,6 +39,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Scenario {
     DemandPaging(demand_paging::Args),
+    PreFaultMemory(pre_fault_memory::Args),
     PrivateFaults(private_faults::Args),
     PrivateMemConversions(private_mem_conversions::Args),
     VmTeardown(vm_teardown::Args),
@@ -47,6 +50,7 @@ impl Scenario {
     fn run(&self, output: &Output) -> Result<(), Error> {
         match self {
             Self::DemandPaging(args) => demand_paging::run(args, output),
+            Self::PreFaultMemory(args) => pre_fault_memory::run(args, output),
             Self::PrivateFaults(args) => private_faults::run(args, output),
             Self::PrivateMemConversions(args) => private_mem_conversions::run(args, output),
             Self::VmTeardown(args) => vm_teardown::run(args, output),

@@ -10,6 +10,7 @@ pub mod confidential;
 pub mod demand_paging;
 pub mod formats;
 pub mod ours;
+pub mod pre_fault_memory;
 pub mod private_faults;
 pub mod private_mem_conversions;
 pub mod race;

@@ -1,33 +1,16 @@
 //! The command line from outside: exit codes, one-line errors that name the thing, and the shape of the JSON.
 
+mod support;
+
 use serde_json::Value;
-use std::process::{Command, Output};
-
-fn bench(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_tdp-bench"))
-        .args(args)
-        .output()
-        .expect("the binary runs")
-}
-
-fn words(line: &str) -> Vec<&str> {
-    line.split_whitespace().collect()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
+use std::process::Output;
+use support::{bench, json, text, words};
 
 /// A run that is over in no time.
 const SMALL: &str = "demand-paging -v 2 -b 4M -i 2";
 
 fn small(more: &str) -> Output {
     bench(&words(&format!("{SMALL} {more}")))
-}
-
-fn json(output: &Output) -> Value {
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    serde_json::from_slice(&output.stdout).expect("standard output is JSON and nothing else")
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! A confidential guest as a contender: its vCPUs resolve faults, nothing else.
 
 use super::backend::Backend;
-use super::guest::{Checks, Guest, GuestVcpu, private_write, shared_write};
-use super::layout::SHARED_BIT;
+use super::conditions::Conditions;
+use super::guest::{Checks, Guest, GuestVcpu, SPACE, private_write, shared_write};
+use super::layout::{Layout, SHARED_BIT};
 use crate::ours::RETRIES;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
 use crate::sync::{AtomicU64, Ordering, Padded};
 use tdp::protected::Inspected;
-use tdp::{EntryPlace, Fault, FaultError, Gfn, Level, MemoryFault, Outcome, Visibility};
+use tdp::{EntryPlace, Fault, FaultError, Gfn, Leaf, Level, MemoryFault, Outcome, Pfn, Visibility};
 
 /// Why a fault was not resolved.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -95,25 +96,69 @@ impl Tries {
     }
 }
 
+/// What guest memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// All of one half.
+    Half(Visibility),
+    /// Private and shared by turns, 2 MiB each.
+    Alternating,
+}
+
+impl Touched {
+    #[inline(always)]
+    const fn visibility(self, gfn: Gfn) -> Visibility {
+        match self {
+            Self::Half(half) => half,
+            Self::Alternating if gfn.0 >> Level::L2.gfn_shift() & 1 == 0 => Visibility::Private,
+            Self::Alternating => Visibility::Shared,
+        }
+    }
+}
+
 /// A guest whose vCPUs touch memory that is not mapped.
 #[derive(Debug)]
 pub struct Faulting<B: Backend> {
     guest: Guest<B>,
-    /// Which half is touched; by the frame's own visibility if `None`.
-    half: Option<Visibility>,
+    memory: Touched,
     page: Level,
     tries: Padded<Tries>,
 }
 
 impl<B: Backend> Faulting<B> {
-    /// A guest that is touched page by page: in one half, or in that of each frame.
-    pub fn new(guest: Guest<B>, half: Option<Visibility>, page: Level) -> Self {
-        Self {
-            guest,
-            half,
-            page,
-            tries: Padded::default(),
+    /// A guest of `layout` that is touched page by page.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::new`].
+    pub fn new(
+        layout: Layout,
+        memory: Touched,
+        options: B::Options,
+        conditions: Conditions,
+    ) -> Result<Self, Error> {
+        let whole = match memory {
+            Touched::Half(half) => half,
+            Touched::Alternating => Visibility::Private,
+        };
+        let guest = Guest::new(layout, whole, options, conditions)?;
+        let (mut gfn, end) = (layout.gfns.start, layout.gfns.end);
+        while gfn < end {
+            let range = Level::L2.range(gfn);
+            if memory.visibility(gfn) != whole {
+                guest
+                    .mmu()
+                    .convert(SPACE, range, memory.visibility(gfn))
+                    .map_err(|e| Error::run("conversion", e))?;
+            }
+            gfn = range.end;
         }
+        Ok(Self {
+            guest,
+            memory,
+            page: layout.level,
+            tries: Padded::default(),
+        })
     }
 
     /// The guest.
@@ -138,21 +183,35 @@ impl<B: Backend> Faulting<B> {
 
     #[inline(always)]
     fn fault(&self, gfn: Gfn) -> Fault {
-        let half = match self.half {
-            Some(half) => half,
-            None => self.visibility(gfn),
-        };
-        match half {
+        match self.memory.visibility(gfn) {
             Visibility::Private => private_write(gfn),
             Visibility::Shared => shared_write(gfn),
         }
     }
 
-    fn visibility(&self, gfn: Gfn) -> Visibility {
-        self.guest
-            .mmu()
-            .visibility(gfn)
-            .unwrap_or(Visibility::Shared)
+    /// The leaf that maps `gfn`, by the module's table if it keeps one: first guest frame, level, first host frame.
+    fn leaf(&self, gfn: Gfn) -> Option<(Gfn, Level, Pfn)> {
+        let mmu = self.guest.mmu();
+        let mut found = None;
+        let note = |leaf: Leaf| found = Some((leaf.gfn, leaf.level, leaf.pfn));
+        if self.memory.visibility(gfn) == Visibility::Shared {
+            mmu.visit_leaves(SPACE, Level::L1.range(gfn), note);
+        } else if self.guest.backend().keeps_a_table() {
+            found = [Level::L1, Level::L2].into_iter().find_map(|level| {
+                let place = EntryPlace {
+                    as_id: SPACE,
+                    gfn: level.align_down(gfn),
+                    level,
+                };
+                match self.guest.backend().inspect(place) {
+                    Inspected::Leaf { pfn, .. } => Some((place.gfn, level, pfn)),
+                    _ => None,
+                }
+            });
+        } else {
+            mmu.visit_private_leaves(SPACE, Level::L1.range(gfn), note);
+        }
+        found
     }
 }
 
@@ -181,40 +240,36 @@ impl<B: Backend> Contender for Faulting<B> {
         self.guest.conditions().calm();
         self.guest.remove_leaves(self.page)?;
         let mmu = self.guest.mmu();
-        mmu.zap_leaves(super::guest::SPACE, self.guest.layout().gfns)
-            .flush();
+        mmu.zap_leaves(SPACE, self.guest.layout().gfns).flush();
         mmu.synchronize();
         Ok(())
     }
 
+    /// Host frames of both halves are numbered as if they were the shared half's.
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
-        let mmu = self.guest.mmu();
-        if self.visibility(gfn) == Visibility::Shared {
-            let leaf = mmu.translate(super::guest::SPACE, gfn)?;
-            return Some(Translation {
-                pfn: tdp::Pfn(leaf.pfn.0 + (gfn.0 - leaf.gfn.0)),
-                level: leaf.level,
-                permitted: leaf.perms == tdp::Perms::RWX,
-            });
-        }
-        [Level::L1, Level::L2].into_iter().find_map(|level| {
-            let place = EntryPlace {
-                as_id: super::guest::SPACE,
-                gfn: level.align_down(gfn),
-                level,
-            };
-            match self.guest.backend().inspect(place) {
-                Inspected::Leaf { pfn, blocked, .. } => Some(Translation {
-                    pfn: tdp::Pfn(pfn.0 + (gfn.0 - place.gfn.0)),
-                    level,
-                    permitted: !blocked,
-                }),
-                _ => None,
-            }
+        let (first, level, pfn) = self.leaf(gfn)?;
+        let layout = self.guest.layout();
+        let half = match self.memory.visibility(gfn) {
+            Visibility::Private => layout.private(),
+            Visibility::Shared => layout.shared(),
+        };
+        Some(Translation {
+            pfn: Pfn(layout.shared().0 + (pfn.0 + (gfn.0 - first.0) - half.0)),
+            level,
+            permitted: true,
         })
     }
 
     fn leaves(&self) -> Option<u64> {
         Some(self.guest.mmu().stats().pages.iter().sum())
+    }
+
+    fn leaked(self) -> u64 {
+        let mut checks = Checks::default();
+        match self.finish(&mut checks) {
+            Ok(()) => checks.leaked_frames,
+            // A module that keeps something has leaked as a whole.
+            Err(_) => u64::MAX,
+        }
     }
 }

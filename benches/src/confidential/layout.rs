@@ -26,6 +26,8 @@ pub struct Layout {
     pub level: Level,
     /// vCPUs of the guest, each of which may hold tables ready.
     pub vcpus: u16,
+    /// Host frame of the first guest frame where it is shared.
+    shared: Pfn,
 }
 
 impl Layout {
@@ -36,7 +38,26 @@ impl Layout {
     pub fn new(frames: u64, level: Level, vcpus: u16) -> Option<Self> {
         let gfns =
             GfnRange::new(GUEST_START, frames).filter(|_| (1..=Self::LIMIT).contains(&frames))?;
-        Some(Self { gfns, level, vcpus })
+        Some(Self {
+            gfns,
+            level,
+            vcpus,
+            shared: SHARED_START,
+        })
+    }
+
+    /// The same from another guest frame on, whose host frame is `shared` where it is shared.
+    #[must_use]
+    pub fn numbered(self, first: Gfn, shared: Pfn) -> Self {
+        let gfns = GfnRange {
+            start: first,
+            end: Gfn(first.0 + self.gfns.pages()),
+        };
+        Self {
+            gfns,
+            shared,
+            ..self
+        }
     }
 
     /// Tables of one half, if everything is mapped by leaves of `leaf`.
@@ -51,7 +72,7 @@ impl Layout {
 
     /// Host frame of the first guest frame where it is shared.
     pub fn shared(&self) -> Pfn {
-        SHARED_START
+        self.shared
     }
 
     /// Host frame of the first guest frame where it is private.

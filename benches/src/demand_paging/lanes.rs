@@ -10,13 +10,17 @@ use crate::baseline::mutex::OneMutex;
 use crate::baseline::rwlock::ReaderWriter;
 use crate::baseline::table_lock::TableLock;
 use crate::baseline::x86::X86;
+use crate::confidential::backend::{Backend, BackendChoice, Null, Tdx};
+use crate::confidential::conditions::{Conditions, Weather};
+use crate::confidential::faulting::{Faulting, Touched};
+use crate::confidential::layout::Layout;
 use crate::ours::{BareMap, OurSetup, Ours, Tables, Walked, WholeFault};
 use crate::race::{self, Contender, Footprint, Laps, Translation};
 use crate::report::{Error, Progress};
 use crate::sync::Padded;
 use rayon::prelude::*;
 use serde::Serialize;
-use tdp_arch::{Gfn, Level};
+use tdp_arch::{Ept, Format, Gfn, Level};
 
 /// What a contender does in its timed operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -231,6 +235,12 @@ fn lanes<F: Walked, const ROOT: u8>(args: &Args, plan: &Plan) -> Result<Vec<Lane
             Ours::<F, BareMap>::new(ours, Fresh),
         )?,
     ];
+    if let Some((touched, name)) = confidential::<F>(args) {
+        lanes.push(match args.backend {
+            BackendChoice::Null => private_lane::<Null>(plan, args, touched, name),
+            BackendChoice::Tdx => private_lane::<Tdx>(plan, args, touched, name),
+        }?);
+    }
     if args.runs(Against::Floor) {
         let name = "floor";
         lanes.push(match plan.backing.level {
@@ -305,6 +315,29 @@ fn lanes<F: Walked, const ROOT: u8>(args: &Args, plan: &Plan) -> Result<Vec<Lane
     Ok(lanes)
 }
 
+/// What the confidential guest touches, if one runs with format `F`.
+fn confidential<F: Walked>(args: &Args) -> Option<(Touched, &'static str)> {
+    args.visibility.touched().filter(|_| F::NAME == Ept::NAME)
+}
+
+/// A confidential guest, its tables in place.
+fn private_lane<B: Backend + std::fmt::Debug>(
+    plan: &Plan,
+    args: &Args,
+    touched: Touched,
+    name: &'static str,
+) -> Result<Lane, Error>
+where
+    B::Options: Default,
+{
+    let layout = Layout::new(plan.backing.gfns.pages(), plan.backing.level, args.vcpus)
+        .ok_or_else(|| Error::Usage("-b: is too much for a confidential guest".to_owned()))?
+        .numbered(plan.backing.gfns.start, plan.backing.pfn);
+    let calm = Conditions::new(Weather::default());
+    let contender = Faulting::<B>::new(layout, touched, B::Options::default(), calm);
+    Lane::new(plan, name, Work::Fault, Tables::Warm, contender)
+}
+
 /// Laps that one format takes.
 pub(super) fn steps(args: &Args, plan: &Plan) -> u64 {
     let baselines = [
@@ -315,10 +348,12 @@ pub(super) fn steps(args: &Args, plan: &Plan) -> u64 {
         Against::PageTableMultiarch,
         Against::X86,
     ];
-    let lanes = 4 + baselines
-        .into_iter()
-        .filter(|&baseline| args.runs(baseline))
-        .count();
+    let lanes = 4
+        + usize::from(args.visibility.touched().is_some())
+        + baselines
+            .into_iter()
+            .filter(|&baseline| args.runs(baseline))
+            .count();
     (lanes * plan.courses.len()) as u64 * u64::from(args.rounds)
 }
 

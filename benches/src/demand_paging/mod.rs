@@ -12,6 +12,8 @@ mod findings;
 mod lanes;
 mod plan;
 
+use crate::confidential::backend::BackendChoice;
+use crate::confidential::faulting::Touched;
 use crate::formats::FormatChoice;
 use crate::ours::Walked;
 use crate::report::{Error, Output};
@@ -38,6 +40,7 @@ Examples:
   tdp-bench demand-paging
   tdp-bench demand-paging -v 2 -b 1G --against all --json out.json
   tdp-bench demand-paging -v 2 -b 512M -o             both vCPUs in the same 2 MiB regions
+  tdp-bench demand-paging -f ept --visibility private --against none
   tdp-bench demand-paging -f ept -s 2m -b 64G -a      large pages in random order";
 
 /// How fast unmapped guest memory becomes mapped when vCPUs touch it
@@ -96,6 +99,15 @@ pub struct Args {
     #[arg(long)]
     huge_pool: bool,
 
+    /// Run a confidential guest too, with memory of this kind: a fault on it is compared with one of a guest that has
+    /// none (EPT only)
+    #[arg(long, value_enum, default_value_t = Memory::Shared)]
+    visibility: Memory,
+
+    /// The confidential guest's trusted module, whose calls cost nothing
+    #[arg(long, value_enum, default_value_t = BackendChoice::Null)]
+    backend: BackendChoice,
+
     /// Contenders to run beside the library
     #[arg(
         long,
@@ -138,6 +150,28 @@ enum Overlap {
     Regions,
     /// Every vCPU touches every page
     Pages,
+}
+
+/// What memory of a guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Memory {
+    /// Shared with the host: a guest without a private half
+    Shared,
+    /// Private throughout
+    Private,
+    /// Private and shared by turns, 2 MiB each
+    Mixed,
+}
+
+impl Memory {
+    /// What a confidential guest's vCPUs touch, and the name of its lane.
+    fn touched(self) -> Option<(Touched, &'static str)> {
+        match self {
+            Self::Shared => None,
+            Self::Private => Some((Touched::Half(tdp::Visibility::Private), "tdp_private")),
+            Self::Mixed => Some((Touched::Alternating, "tdp_mixed")),
+        }
+    }
 }
 
 /// What the library is compared with.

@@ -1,6 +1,6 @@
 //! The arguments, made into guest memory and the orders in which vCPUs touch it.
 
-use super::{Args, Overlap};
+use super::{Args, Memory, Overlap};
 use crate::baseline::host::Backing;
 use crate::baseline::tables_for;
 use crate::race::{Course, Leg, Order};
@@ -8,7 +8,7 @@ use crate::report::Error;
 use crate::size::show;
 use crate::sys;
 use tdp_arch::addr::MAX_PHYSICAL_BITS;
-use tdp_arch::{ENTRIES_PER_TABLE, Gfn, GfnRange, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
+use tdp_arch::{ENTRIES_PER_TABLE, Ept, Gfn, GfnRange, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
 
 /// Where guest memory starts: not at zero, where mistakes look right.
 const GUEST_START: Gfn = Gfn(1 << 18);
@@ -54,6 +54,20 @@ impl Plan {
                 "-c names {} processors for {vcpus} vCPUs (-v)",
                 args.cpus.len()
             )));
+        }
+        if args.visibility != Memory::Shared {
+            if level > Level::L2 || args.levels != 4 {
+                return Err(Error::Usage(
+                    "--visibility: a confidential guest has pages of 4K or 2M and 4 levels (-s, --levels)"
+                        .to_owned(),
+                ));
+            }
+            if !args.format.includes::<Ept>() {
+                return Err(Error::Usage(
+                    "--visibility: a confidential guest has tables in the EPT format (-f)"
+                        .to_owned(),
+                ));
+            }
         }
         let root = if args.levels == 5 {
             Level::L5

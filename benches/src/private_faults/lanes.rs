@@ -5,8 +5,8 @@ use crate::baseline::host::Backing;
 use crate::baseline::tables_for;
 use crate::confidential::backend::{Backend, Null, NullOptions};
 use crate::confidential::conditions::{Conditions, Met, Wait, Weather};
-use crate::confidential::faulting::Faulting;
-use crate::confidential::guest::{Checks, Guest};
+use crate::confidential::faulting::{Faulting, Touched};
+use crate::confidential::guest::Checks;
 use crate::confidential::layout::Layout;
 use crate::ours::{OurSetup, Ours, Tables, WholeFault};
 use crate::race::{self, Contender, Course, Laps, Leg, Order};
@@ -120,13 +120,8 @@ fn private_guest<B: Backend>(
     options: B::Options,
     weather: Weather,
 ) -> Result<Faulting<B>, Error> {
-    let conditions = Conditions::new(weather);
-    let guest = Guest::new(layout, Visibility::Private, options, conditions)?;
-    Ok(Faulting::new(
-        guest,
-        Some(Visibility::Private),
-        layout.level,
-    ))
+    let memory = Touched::Half(Visibility::Private);
+    Faulting::new(layout, memory, options, Conditions::new(weather))
 }
 
 /// The guest without a private half.
