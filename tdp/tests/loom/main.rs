@@ -12,8 +12,12 @@
 
 #![cfg(loom)]
 
+mod conversion;
 mod faults;
+mod handoff;
 mod invalidation;
+mod module;
+mod removal;
 mod sweeps;
 mod tlb;
 mod world;
