@@ -4,7 +4,7 @@
 //! standard error that names the thing.
 
 use crate::report::{Error, Output};
-use crate::{demand_paging, private_faults, replay};
+use crate::{demand_paging, private_faults, replay, vm_teardown};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -38,6 +38,7 @@ struct Cli {
 enum Scenario {
     DemandPaging(demand_paging::Args),
     PrivateFaults(private_faults::Args),
+    VmTeardown(vm_teardown::Args),
     Replay(replay::Args),
 }
 
@@ -46,6 +47,7 @@ impl Scenario {
         match self {
             Self::DemandPaging(args) => demand_paging::run(args, output),
             Self::PrivateFaults(args) => private_faults::run(args, output),
+            Self::VmTeardown(args) => vm_teardown::run(args, output),
             Self::Replay(args) => replay::run(args, output),
         }
     }

@@ -18,3 +18,4 @@ pub mod size;
 pub mod sync;
 pub mod sys;
 pub mod time;
+pub mod vm_teardown;

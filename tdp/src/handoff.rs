@@ -122,7 +122,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 self.shard.add(Stat::FrozenWaits, 1);
                 Next::Stop(Step::Wait(RetryReason::Frozen))
             } else {
-                self.private_step(tables, twins, request, entry, level, old)
+                self.private_step(tables, twins, &request, entry, level, old)
             };
             match next {
                 Next::Stop(step) => return step,
@@ -185,7 +185,7 @@ impl<F: Format, H: Host> Context<F, H> {
         &self,
         tables: &mut TableCache,
         twins: &mut TableCache,
-        request: PrivateRequest,
+        request: &PrivateRequest,
         entry: EntryRef<'_>,
         level: Level,
         old: Spte,
@@ -219,7 +219,7 @@ impl<F: Format, H: Host> Context<F, H> {
     #[inline(always)]
     fn install_leaf(
         &self,
-        request: PrivateRequest,
+        request: &PrivateRequest,
         entry: EntryRef<'_>,
         place: EntryPlace,
     ) -> Next {

@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Largest share of calls that may be refused: with all of them refused nothing would ever be done.
 const HIGHEST_RATE: f64 = 0.9;
 
-/// Which module, and what its calls cost.
+/// Which module, and what its calls meet.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Trusted module")]
 pub struct BackendArgs {
@@ -17,6 +17,15 @@ pub struct BackendArgs {
     #[arg(long, value_enum, default_value_t = BackendChoice::Tdx)]
     pub backend: BackendChoice,
 
+    /// What its calls meet
+    #[command(flatten)]
+    pub module: ModuleArgs,
+}
+
+/// What the module's calls meet.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Trusted module")]
+pub struct ModuleArgs {
     /// What each call of the module takes: 0, or a number with ns, us or ms. A real TDX module takes 5 to 8 us
     #[arg(long, value_name = "TIME", default_value = "5us", value_parser = time::parse)]
     pub backend_cost: Duration,
@@ -39,6 +48,24 @@ pub struct BackendArgs {
 }
 
 impl BackendArgs {
+    /// For JSON.
+    pub fn parameters(&self) -> BackendParameters {
+        BackendParameters {
+            backend: self.name(),
+            module: self.module.parameters(),
+        }
+    }
+
+    /// The module's name.
+    pub const fn name(&self) -> &'static str {
+        match self.backend {
+            BackendChoice::Tdx => "tdx",
+            BackendChoice::Null => "null",
+        }
+    }
+}
+
+impl ModuleArgs {
     /// What calls meet.
     pub fn weather(&self) -> Weather {
         Weather {
@@ -51,12 +78,8 @@ impl BackendArgs {
     }
 
     /// The same for JSON.
-    pub fn parameters(&self) -> BackendParameters {
-        BackendParameters {
-            backend: match self.backend {
-                BackendChoice::Tdx => "tdx",
-                BackendChoice::Null => "null",
-            },
+    pub fn parameters(&self) -> ModuleParameters {
+        ModuleParameters {
             backend_cost_ns: self.backend_cost.as_nanos() as u64,
             backend_wait: match self.backend_wait {
                 Wait::Spin => "spin",
@@ -73,18 +96,18 @@ impl BackendArgs {
 #[derive(Clone, Debug, Serialize)]
 pub struct BackendParameters {
     backend: &'static str,
+    #[serde(flatten)]
+    module: ModuleParameters,
+}
+
+/// [`ModuleArgs`] in a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModuleParameters {
     backend_cost_ns: u64,
     backend_wait: &'static str,
     busy_rate: f64,
     fail_rate: f64,
     seed: u64,
-}
-
-impl BackendParameters {
-    /// The module's name.
-    pub const fn name(&self) -> &'static str {
-        self.backend
-    }
 }
 
 /// Parses a share from 0 to [`HIGHEST_RATE`].

@@ -127,6 +127,11 @@ impl Conditions {
         self.raised.0.store(false, Ordering::Relaxed);
     }
 
+    /// Whether calls are refused on purpose.
+    pub fn injects(&self) -> bool {
+        self.weather.busy_rate + self.weather.fail_rate > 0.0
+    }
+
     /// What calls have met so far.
     pub fn met(&self) -> Met {
         let read = |word: &AtomicU64| word.load(Ordering::Relaxed);

@@ -9,8 +9,8 @@ use serde::Serialize;
 use std::sync::{Arc, OnceLock};
 use tdp::protected::HandOffStep;
 use tdp::{
-    AddressSpaceId, Fault, Gfn, Gpa, LinearBacking, MmapPool, Mmu, PoolConfig, Slot, SoftwareHost,
-    TlbTracker, Vcpu, Visibility,
+    AddressSpaceId, Fault, Gfn, Gpa, LinearBacking, MmapPool, Mmu, Phase, PoolConfig, Slot,
+    SoftwareHost, TlbTracker, Vcpu, Visibility,
 };
 use tdp_arch::Ept;
 
@@ -139,7 +139,8 @@ impl<B: Backend> Guest<B> {
         if let Some(violations) = backend.violations() {
             checks.audit_violations = Some(checks.audit_violations.unwrap_or(0).max(violations));
         }
-        if backend.keeps_a_table() {
+        // Of a dead guest there is no table to look into.
+        if backend.keeps_a_table() && self.mmu.phase() == Some(Phase::Running) {
             let audit = self.mmu.audit_protected(SPACE);
             checks.compared += audit.compared;
             checks.different += audit.different;
@@ -157,7 +158,7 @@ impl<B: Backend> Guest<B> {
     /// If the module keeps something of a guest that still lives.
     pub fn finish(self, checks: &mut Checks) -> Result<(), Error> {
         self.conditions.calm();
-        if self.mmu.phase() == Some(tdp::Phase::Running) {
+        if self.mmu.phase() == Some(Phase::Running) {
             self.mmu
                 .zap_private(SPACE, EVERYTHING)
                 .map_err(|e| Error::run("removal", e))?;

@@ -7,3 +7,4 @@ pub mod conditions;
 pub mod faulting;
 pub mod guest;
 pub mod layout;
+pub mod running;

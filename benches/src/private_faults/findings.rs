@@ -177,12 +177,11 @@ pub(super) fn tell(output: &Output, args: &Args, results: &Results) {
             format!("{:.0}", 1e9 / median(&ns)),
         ]
     };
-    let backend = args.backend.parameters();
     let asked = |vcpus: u16| {
         format!(
             "private, {}, {:?}, {vcpus} vCPUs",
-            backend.name(),
-            args.backend.backend_cost
+            args.backend.name(),
+            args.backend.module.backend_cost
         )
     };
     output.table(

@@ -181,7 +181,7 @@ pub(super) fn run<B: Backend>(
         1,
         &straight_few,
     )?;
-    let asked = private_guest::<B>(layout, options, args.backend.weather())?;
+    let asked = private_guest::<B>(layout, options, args.backend.module.weather())?;
     let mut asked = Lane::new(asked, usize::from(args.vcpus), &course_all)?;
 
     let mut results = Results {
