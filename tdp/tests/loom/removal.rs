@@ -72,7 +72,7 @@ fn a_fault_against_the_removal_of_its_table() {
 }
 
 fn two_removals(name: &str, manner: Manner) {
-    explore(name, Some(2), move || {
+    explore(name, Some(1), move || {
         let world = World::confidential(manner, false);
         let mut vcpu = world.vcpu();
         settle(&mut vcpu, A);
@@ -121,7 +121,7 @@ fn two_removals_without_tickets() {
 /// Two sweeps over different pages share the desk: neither removes on a ticket that began before its block.
 #[test]
 fn two_removals_share_the_desk() {
-    explore("ticket x ticket", Some(3), || {
+    explore("ticket x ticket", Some(2), || {
         let world = World::confidential(Manner::default(), false);
         let mut vcpu = world.vcpu();
         settle(&mut vcpu, A);
