@@ -12,3 +12,5 @@ mod prefault;
 mod resize;
 #[cfg(not(loom))]
 mod rig;
+#[cfg(not(loom))]
+mod stress;
