@@ -5,6 +5,8 @@ mod convert;
 #[cfg(not(loom))]
 mod failures;
 #[cfg(not(loom))]
+mod kinds;
+#[cfg(not(loom))]
 mod life;
 #[cfg(not(loom))]
 mod prefault;
