@@ -5,6 +5,7 @@ mod audit;
 mod convert;
 mod private;
 mod resize;
+mod split;
 mod visit;
 pub(crate) mod zap;
 
