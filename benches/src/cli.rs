@@ -4,7 +4,7 @@
 //! standard error that names the thing.
 
 use crate::report::{Error, Output};
-use crate::{demand_paging, private_faults, replay, vm_teardown};
+use crate::{demand_paging, private_faults, private_mem_conversions, replay, vm_teardown};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -38,6 +38,7 @@ struct Cli {
 enum Scenario {
     DemandPaging(demand_paging::Args),
     PrivateFaults(private_faults::Args),
+    PrivateMemConversions(private_mem_conversions::Args),
     VmTeardown(vm_teardown::Args),
     Replay(replay::Args),
 }
@@ -47,6 +48,7 @@ impl Scenario {
         match self {
             Self::DemandPaging(args) => demand_paging::run(args, output),
             Self::PrivateFaults(args) => private_faults::run(args, output),
+            Self::PrivateMemConversions(args) => private_mem_conversions::run(args, output),
             Self::VmTeardown(args) => vm_teardown::run(args, output),
             Self::Replay(args) => replay::run(args, output),
         }

@@ -11,6 +11,7 @@ pub mod demand_paging;
 pub mod formats;
 pub mod ours;
 pub mod private_faults;
+pub mod private_mem_conversions;
 pub mod race;
 pub mod replay;
 pub mod report;

@@ -232,11 +232,20 @@ pub const fn may_fail(step: HandOffStep) -> bool {
 }
 
 /// The step that makes a call of the TDX module, if a hand-off makes it.
-fn step_of(call: Call) -> Option<HandOffStep> {
-    HandOffStep::ALL
-        .into_iter()
-        .find(|&step| Call::of_step(step) == call)
+const fn step_of(call: Call) -> Option<HandOffStep> {
+    STEPS[call as usize]
 }
+
+const STEPS: [Option<HandOffStep>; Call::COUNT] = {
+    let mut steps = [None; Call::COUNT];
+    let mut n = 0;
+    while n < HandOffStep::ALL.len() {
+        let step = HandOffStep::ALL[n];
+        steps[Call::of_step(step) as usize] = Some(step);
+        n += 1;
+    }
+    steps
+};
 
 /// Conditions of the model of the TDX module.
 #[derive(Debug)]

@@ -2,6 +2,7 @@
 
 use super::backend::Backend;
 use super::guest::{Checks, Guest, GuestVcpu, private_write, shared_write};
+use super::layout::SHARED_BIT;
 use crate::ours::RETRIES;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
@@ -68,12 +69,18 @@ impl Tries {
     ) -> Result<Outcome, Unresolved> {
         let mut outcome = first?;
         let mut in_a_row = 0;
+        // The module minds private addresses only.
+        let private = fault.gpa.0 >> SHARED_BIT & 1 == 0;
         for _ in 0..RETRIES {
             match outcome {
                 Outcome::Retry(_) => {
                     in_a_row += 1;
                     self.retried.fetch_add(1, Ordering::Relaxed);
-                    self.max_reentries.fetch_max(in_a_row, Ordering::Relaxed);
+                    if private {
+                        self.max_reentries.fetch_max(in_a_row, Ordering::Relaxed);
+                    } else {
+                        std::thread::yield_now();
+                    }
                 }
                 // The embedder is told, and may do something about it: the guest is not sent back for nothing.
                 Outcome::MemoryFault(MemoryFault::Refused) => {

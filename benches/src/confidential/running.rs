@@ -5,7 +5,7 @@ use super::backend::Tdx;
 use super::faulting::{Tries, Unresolved};
 use super::guest::{Guest, GuestVcpu, private_write, shared_write};
 
-use crate::ours::PHYSICAL_BITS;
+use crate::ours::{PHYSICAL_BITS, RETRIES};
 use crate::report::Error;
 use tdp::protected::tdx::{Accept, Enter, Exit, PageInfo, Status, TdVcpu, TdxModule};
 use tdp::{Gpa, Host, Outcome, TableMemory, TlbVcpu, Visibility};
@@ -126,50 +126,60 @@ impl<'g> RunningVcpu<'g> {
         self.tlb.exit();
     }
 
-    /// The guest writes to `gfn`, which it takes for memory of `half`. It is inside afterwards, unless it was kicked.
+    /// The guest writes to `gfn`, which it takes for memory of `half`. It is inside afterwards.
     ///
     /// # Errors
     ///
-    /// What neither the library nor the guest can go on from.
+    /// What neither the library nor the guest can go on from. It is outside then, so that nobody waits for it.
     pub fn access(&mut self, gfn: Gfn, half: Visibility) -> Result<Access, Error> {
+        let outcome = self.try_access(gfn, half);
+        if outcome.is_err() {
+            self.leave();
+        }
+        outcome
+    }
+
+    fn try_access(&mut self, gfn: Gfn, half: Visibility) -> Result<Access, Error> {
         self.rip += 1;
         let mut faulted = false;
-        let mut result = loop {
+        for _ in 0..RETRIES {
+            if self.suspected {
+                return Err(Error::Check(format!(
+                    "the module suspects that the guest is single-stepped at frame {gfn}"
+                )));
+            }
             let inside = self.td.as_ref().is_some_and(TdVcpu::is_inside);
             if inside && self.tlb.kicked() {
                 self.leave();
                 continue;
             }
-            if inside || self.enter()? {
+            let level = if inside || self.enter()? {
                 match self.touch(gfn, half) {
                     Touch::Reached { accepted } => {
                         faulted |= accepted;
-                        break Ok(Access::Reached { faulted });
+                        return Ok(Access::Reached { faulted });
                     }
                     Touch::Again => continue,
-                    Touch::Absent(level) => {
-                        let gpa = gfn.address();
-                        let why = match half {
-                            Visibility::Private => Exit::EptViolation { gpa, rip: self.rip },
-                            Visibility::Shared => Exit::Other { rip: self.rip },
-                        };
-                        self.leave_for(why);
-                        faulted = true;
-                        if !self.resolve(gfn, half, level)? {
-                            break Ok(Access::OtherHalf);
-                        }
-                    }
+                    Touch::Absent(level) => level,
                 }
-            } else if !self.resolve(gfn, half, Level::L1)? {
-                break Ok(Access::OtherHalf);
+            } else {
+                Level::L1
+            };
+            self.leave_for(match half {
+                Visibility::Private => Exit::EptViolation {
+                    gpa: gfn.address(),
+                    rip: self.rip,
+                },
+                Visibility::Shared => Exit::Other { rip: self.rip },
+            });
+            faulted = true;
+            if !self.resolve(gfn, half, level)? {
+                return Ok(Access::OtherHalf);
             }
-        };
-        if self.suspected {
-            result = Err(Error::Check(format!(
-                "the module suspects that the guest is single-stepped at frame {gfn}"
-            )));
         }
-        result
+        Err(Error::Check(format!(
+            "the guest never reached frame {gfn}, {half:?}"
+        )))
     }
 
     /// Has the library resolve the fault. `false` if the frame is of the other half.
@@ -193,8 +203,8 @@ impl<'g> RunningVcpu<'g> {
 
     /// The access itself, inside.
     fn touch(&mut self, gfn: Gfn, half: Visibility) -> Touch {
-        let gpa = gfn.address();
         if half == Visibility::Shared {
+            let gpa = shared_write(gfn).gpa;
             let memory = TableMemory::new(self.guest.mmu().host().frames());
             return match self.shared.access(&memory, gpa, GuestAccess::Write) {
                 Ok(_) => Touch::Reached { accepted: false },
@@ -202,6 +212,7 @@ impl<'g> RunningVcpu<'g> {
             };
         }
         let memory = ReadOnly(&self.module);
+        let gpa = gfn.address();
         if self
             .private
             .access(&memory, gpa, GuestAccess::Write)
