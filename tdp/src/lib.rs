@@ -51,6 +51,7 @@ mod pool;
 pub mod protected;
 mod range;
 mod reclaim;
+mod repair;
 mod resolve;
 mod root;
 mod slot_map;

@@ -30,6 +30,7 @@ macro_rules! both_formats {
 }
 
 mod accessed;
+mod age;
 mod errors;
 mod frames;
 mod hostile;
