@@ -4,6 +4,7 @@
 mod age;
 mod audit;
 mod leaves;
+mod protect;
 mod visit;
 pub(crate) mod zap;
 

@@ -39,6 +39,7 @@ mod levels;
 mod mmio;
 mod overtaken;
 mod permissions;
+mod protect;
 mod roots;
 mod slots;
 mod zap;
