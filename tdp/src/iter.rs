@@ -155,6 +155,11 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         }
     }
 
+    /// Counts entries that the caller looked at by itself, below the one handed out last, towards the next yield point.
+    pub(crate) fn spend(&mut self, entries: u32) {
+        self.budget = self.budget.saturating_sub(entries).max(1);
+    }
+
     fn descend(&mut self) -> bool {
         let Some(below) = self.level.below().filter(|_| self.level > self.min_level) else {
             return false;

@@ -316,7 +316,7 @@ impl<F: Format, H: Host> Drop for Shared<F, H> {
 /// A second-level MMU: the tables that translate a guest's physical addresses, and the means to resolve faults on them
 /// from all vCPUs at once. A handle; cloning it makes another to the same MMU.
 pub struct Mmu<F: Format, H: Host> {
-    shared: Arc<Shared<F, H>>,
+    pub(crate) shared: Arc<Shared<F, H>>,
 }
 
 impl<F: Format, H: Host> Clone for Mmu<F, H> {
