@@ -4,7 +4,7 @@ use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
-use crate::protected::ProtectedTable;
+use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
@@ -292,9 +292,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         Ok(root)
     }
 
-    /// Notes that the module gave the guest up.
-    pub(crate) fn lose(&self) {
-        if let Some(confidential) = &self.confidential {
+    /// Notes that the module gave the guest up, if that is why a call was.
+    pub(crate) fn lose_if(&self, cause: HandOffCause) {
+        if let (HandOffCause::Fatal, Some(confidential)) = (cause, &self.confidential) {
             confidential.advance(Phase::Lost);
         }
     }
