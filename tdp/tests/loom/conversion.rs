@@ -1,7 +1,7 @@
 //! Conversion between the halves, against faults on either.
 
 use crate::module::Manner;
-use crate::world::{A, PRIVATE, SPACE, Vcpu, World, explore, only};
+use crate::world::{A, FIRST, PRIVATE, SPACE, Vcpu, World, explore, only};
 use loom::thread;
 use tdp::{Fault, Gfn, MemoryFault, Outcome, Visibility};
 
@@ -103,6 +103,36 @@ fn two_conversions() {
         let [shared, private] = mapped(&world, &mut vcpu);
         assert!(!shared, "nobody has touched it");
         if private {
+            assert_eq!(world.mmu.visibility(A), Some(Visibility::Private));
+        }
+        world.audit_private();
+        world.finish([vcpu]);
+    });
+}
+
+/// A removal freezes a table's entry and finds that it is not empty, since a block below was refused, while a frame below
+/// becomes shared: the frame is taken away although its table was in other hands for a while.
+#[test]
+fn a_conversion_against_the_removal_of_a_table() {
+    explore("convert x zap of the table", Some(2), || {
+        let manner = Manner {
+            refuse_blocks: 1,
+            ..Manner::default()
+        };
+        let world = World::confidential(manner, false);
+        let mut vcpu = world.vcpu();
+        assert!(matches!(touch(&mut vcpu, A, true), Outcome::Fixed { .. }));
+
+        let mmu = world.mmu.clone();
+        let zapper = thread::spawn(move || {
+            let _ = mmu.zap_private(SPACE, FIRST);
+        });
+        let converted = world.mmu.convert(SPACE, only(A), Visibility::Shared);
+        zapper.join().unwrap();
+
+        if converted.is_ok() {
+            assert_eq!(mapped(&world, &mut vcpu), [false, false]);
+        } else {
             assert_eq!(world.mmu.visibility(A), Some(Visibility::Private));
         }
         world.audit_private();

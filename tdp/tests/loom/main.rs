@@ -18,6 +18,7 @@ mod handoff;
 mod invalidation;
 mod module;
 mod removal;
+mod resize;
 mod sweeps;
 mod tlb;
 mod world;

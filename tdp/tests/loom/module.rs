@@ -34,6 +34,12 @@ pub(crate) struct Manner {
     pub(crate) refuse_installs: usize,
     /// The first so many blocks are busy.
     pub(crate) busy_blocks: usize,
+    /// The first so many blocks are refused.
+    pub(crate) refuse_blocks: usize,
+    /// Large leaves, which are split and merged.
+    pub(crate) large: bool,
+    /// The first so many merges are refused.
+    pub(crate) refuse_merges: usize,
 }
 
 pub(crate) struct Module {
@@ -42,6 +48,8 @@ pub(crate) struct Module {
     places: [UnsafeCell<State>; 6],
     refused: AtomicUsize,
     busy: AtomicUsize,
+    refused_blocks: AtomicUsize,
+    refused_merges: AtomicUsize,
     begun: AtomicU64,
     drained: AtomicU64,
     twins: Mutex<Vec<Pfn>>,
@@ -59,6 +67,8 @@ impl Module {
             places: std::array::from_fn(|_| UnsafeCell::new(State::Free)),
             refused: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
+            refused_blocks: AtomicUsize::new(0),
+            refused_merges: AtomicUsize::new(0),
             begun: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             twins: Mutex::new((0..12).map(|n| Pfn(FIRST_TWIN + n)).collect()),
@@ -108,6 +118,19 @@ impl Module {
         })
     }
 
+    /// Exchanges what both entries of the table below a place hold. Whoever owns the table's entry may do so.
+    fn exchange_below(&self, place: EntryPlace, new: [State; 2]) -> [State; 2] {
+        let mut number = 0;
+        new.map(|new| {
+            let gfn = Gfn(place.gfn.0 + number);
+            number += 1;
+            self.cell(gfn, Level::L1).with_mut(|state| {
+                // SAFETY: loom has checked that nobody else reads or writes it now.
+                std::mem::replace(unsafe { &mut *state }, new)
+            })
+        })
+    }
+
     fn check_drained(&self, stamp: Option<u64>) {
         if self.manner.flushes_itself {
             return;
@@ -126,12 +149,14 @@ impl Module {
 
     /// What is mapped at a frame. Nobody is at work.
     pub(crate) fn leaf(&self, gfn: Gfn) -> Option<Pfn> {
-        self.cell(gfn, Level::L1).with(|state| {
-            // SAFETY: as for a parent.
-            match unsafe { *state } {
-                State::Leaf { pfn, .. } => Some(pfn),
-                _ => None,
-            }
+        [Level::L2, Level::L1].into_iter().find_map(|level| {
+            self.cell(gfn, level).with(|state| {
+                // SAFETY: as for a parent.
+                match unsafe { *state } {
+                    State::Leaf { pfn, .. } => Some(Pfn(pfn.0 + (gfn.0 & (level.pages() - 1)))),
+                    _ => None,
+                }
+            })
         })
     }
 }
@@ -144,6 +169,12 @@ impl ProtectedTable for Module {
         }
         if self.manner.combine {
             capabilities = capabilities.serialises_block();
+        }
+        if self.manner.large {
+            capabilities = capabilities
+                .split_live()
+                .merge()
+                .leaves(Level::L1, Level::L2);
         }
         capabilities
     }
@@ -191,6 +222,9 @@ impl ProtectedTable for Module {
         if self.busy.fetch_add(1, Plain::Relaxed) < self.manner.busy_blocks {
             return Err(Failure::Busy { scope: Scope::Tree });
         }
+        if self.refused_blocks.fetch_add(1, Plain::Relaxed) < self.manner.refuse_blocks {
+            return Err(Failure::Refused(8));
+        }
         let stamp = Some(self.begun.load(Plain::Relaxed));
         self.change(entry, |state| match state {
             State::Table {
@@ -232,6 +266,16 @@ impl ProtectedTable for Module {
                 self.check_drained(Some(stamp));
                 Ok(State::Leaf { pfn, blocked: None })
             }
+            State::Table {
+                twin,
+                blocked: Some(stamp),
+            } => {
+                self.check_drained(Some(stamp));
+                Ok(State::Table {
+                    twin,
+                    blocked: None,
+                })
+            }
             state => panic!("{state:?} is unblocked"),
         })
     }
@@ -254,6 +298,45 @@ impl ProtectedTable for Module {
                 Ok(State::Free)
             }
             state => panic!("{state:?} is unlinked"),
+        })
+    }
+
+    fn split(&self, entry: &FrozenEntry<'_>, twin: Pfn, _: &Drained) -> Result<(), Failure> {
+        self.change(entry, |state| match state {
+            State::Leaf { pfn, blocked } => {
+                self.check_drained(blocked);
+                let small = [0, 1].map(|n| State::Leaf {
+                    pfn: Pfn(pfn.0 + n),
+                    blocked: None,
+                });
+                let before = self.exchange_below(entry.place(), small);
+                assert_eq!(before, [State::Free; 2]);
+                let blocked = None;
+                Ok(State::Table { twin, blocked })
+            }
+            state => panic!("{state:?} is split"),
+        })
+    }
+
+    fn merge(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
+        if self.refused_merges.fetch_add(1, Plain::Relaxed) < self.manner.refuse_merges {
+            return Err(Failure::Refused(9));
+        }
+        self.change(entry, |state| match state {
+            State::Table { blocked, .. } => {
+                self.check_drained(blocked);
+                match self.exchange_below(entry.place(), [State::Free; 2]) {
+                    [
+                        State::Leaf { pfn, blocked: None },
+                        State::Leaf {
+                            pfn: next,
+                            blocked: None,
+                        },
+                    ] if next.0 == pfn.0 + 1 => Ok(State::Leaf { pfn, blocked: None }),
+                    below => panic!("{below:?} are merged"),
+                }
+            }
+            state => panic!("{state:?} is merged"),
         })
     }
 

@@ -374,7 +374,8 @@ impl World {
     /// A running confidential guest, private throughout, with a slot over all frames. Nothing is freed before the end
     /// unless `frees`.
     pub(crate) fn confidential(manner: Manner, frees: bool) -> Self {
-        let host = TestHost::new().manner(manner);
+        let level = if manner.large { Level::L2 } else { Level::L1 };
+        let host = TestHost::new().manner(manner).level(level);
         let frames = host.frames.clone();
         let builder = Mmu::builder(host)
             .levels(Level::L2)

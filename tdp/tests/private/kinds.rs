@@ -7,8 +7,8 @@ use tdp::protected::{
     Token,
 };
 use tdp::{
-    AddressSpaceId, ConvertError, EntryPlace, Ept, Fault, FaultError, FrozenEntry, Gfn, Level,
-    LinearBacking, MemoryFault, MmapPool, Mmu, OutOfFrames, Outcome, Pfn, Phase, PoolConfig,
+    AddressSpaceId, ConvertError, EntryPlace, Ept, Fault, FaultError, FrozenEntry, Gfn, ImageError,
+    Level, LinearBacking, MemoryFault, MmapPool, Mmu, OutOfFrames, Outcome, Pfn, Phase, PoolConfig,
     ProtectedTable, Slot, SoftwareHost, TlbTracker, Visibility,
 };
 
@@ -16,6 +16,8 @@ const SPACE: AddressSpaceId = AddressSpaceId(0);
 const PRIVATE: Pfn = Pfn(0x10_0000);
 /// Under which the answers to calls on many entries are scripted; this module merges nothing.
 const MANY: HandOffStep = HandOffStep::Merge;
+/// Under which the answers to the end of the building are; it reclaims nothing either.
+const FINALISE: HandOffStep = HandOffStep::Reclaim;
 
 #[derive(Default)]
 struct State {
@@ -148,6 +150,13 @@ impl ProtectedTable for Scripted {
         }
     }
 
+    fn finalise(&self) -> Result<(), Failure> {
+        match self.state.lock().unwrap().answers.get_mut(&FINALISE) {
+            Some(answers) => answers.pop_front().map_or(Ok(()), Err),
+            None => Ok(()),
+        }
+    }
+
     fn inspect(&self, place: EntryPlace) -> Inspected {
         let state = self.state.lock().unwrap();
         match state.entries.get(&(place.gfn.0, place.level.number())) {
@@ -164,7 +173,7 @@ impl ProtectedTable for Scripted {
 
 type TestMmu = Mmu<Ept, SoftwareHost<Scripted>>;
 
-fn guest(capabilities: Capabilities) -> TestMmu {
+fn building(capabilities: Capabilities) -> TestMmu {
     let frames = MmapPool::new(PoolConfig {
         frames: 256,
         base: Pfn(0x1000),
@@ -185,6 +194,11 @@ fn guest(capabilities: Capabilities) -> TestMmu {
     mmu.slots()
         .insert(Slot::new(Gfn(0)..Gfn(4096), backing))
         .unwrap();
+    mmu
+}
+
+fn guest(capabilities: Capabilities) -> TestMmu {
+    let mmu = building(capabilities);
     mmu.build_private().unwrap().finalise().unwrap();
     mmu
 }
@@ -383,6 +397,68 @@ fn a_guest_that_is_given_up_is_lost_for_good() {
     let calls = mmu.stats().protected.calls_of(HandOffStep::Install);
     assert_eq!(touch(&mmu, 4), REFUSED);
     assert_eq!(mmu.stats().protected.calls_of(HandOffStep::Install), calls);
+}
+
+#[test]
+fn a_guest_that_is_given_up_during_a_removal_is_lost_too() {
+    for step in [HandOffStep::Block, HandOffStep::Flush, HandOffStep::Remove] {
+        let mmu = usual();
+        assert_eq!(touch(&mmu, 2), FIXED);
+        script(&mmu, step, [Failure::Fatal]);
+        let error = match mmu.zap_private(SPACE, Gfn(2)..Gfn(3)) {
+            Err(ConvertError::Removal(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            (error.first.step, error.first.cause),
+            (step, HandOffCause::Fatal)
+        );
+        assert_eq!(mmu.phase(), Some(Phase::Lost));
+        assert_eq!(touch(&mmu, 3), REFUSED);
+        assert_eq!(mmu.stats().pages, [1, 0, 0], "what was not taken out stays");
+    }
+}
+
+#[test]
+fn what_does_not_suit_a_call_gives_the_guest_up() {
+    // One entry has no parts, and this module cannot go on with anything.
+    for failure in [Failure::Partial(1), Failure::Incomplete(Token(0))] {
+        let mmu = usual();
+        script(&mmu, HandOffStep::Link, [failure]);
+        assert_eq!(touch(&mmu, 3), REFUSED);
+        assert_eq!(mmu.phase(), Some(Phase::Lost));
+        check(&mmu);
+    }
+}
+
+#[test]
+fn finalising_is_persisted_in_as_any_call() {
+    let answers = [
+        busy(Scope::Vm),
+        Failure::Restart,
+        Failure::NeedPages(2),
+        Failure::Refused(9),
+    ];
+    let mmu = building(Capabilities::none());
+    script(&mmu, FINALISE, answers);
+    let mut image = mmu.build_private().unwrap();
+    assert_eq!(
+        image.finalise(),
+        Err(ImageError::Finalise(HandOffCause::Refused(9)))
+    );
+    assert_eq!(
+        mmu.host().protected_table().state.lock().unwrap().donated,
+        2
+    );
+    assert_eq!(mmu.phase(), Some(Phase::Building));
+    script(&mmu, FINALISE, [Failure::Fatal]);
+    assert!(image.finalise().is_err());
+    assert_eq!(mmu.phase(), Some(Phase::Lost));
+    // And it never runs: there is no way back.
+    assert!(matches!(
+        image.finalise(),
+        Err(ImageError::Phase { phase: Phase::Lost })
+    ));
 }
 
 #[test]
