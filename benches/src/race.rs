@@ -266,7 +266,7 @@ pub fn lap<C: Contender>(
 const ATTEMPTS: u32 = 5;
 
 /// Runs a lap of `threads` threads, again if the operating system took a processor away in the middle of it; after
-/// [`ATTEMPTS`] it counts as it is. More threads than processors cannot but disturb each other. `lap` is told whether there
+/// `ATTEMPTS` times it counts as it is. More threads than processors cannot but disturb each other. `lap` is told whether there
 /// was one before, which it has to undo.
 ///
 /// # Errors

@@ -6,9 +6,14 @@
 //!   the pointer sees every entry of the child initialised; INV: publish-complete);
 //! * exchange one value for another ([`exchange`], [`install_leaf`]): compare-exchange, then bookkeeping with the value
 //!   that was really replaced (INV: volatile-atomic, one-choke-point);
+//! * change bits of a leaf in place ([`amend`]): the same compare-exchange, without the books;
 //! * seal it ([`EntryRef::seal`]): only for entries of a table that is no longer linked (INV: unlink-seals);
 //! * in a private table, freeze it ([`EntryRef::freeze`]), which makes the caller its owner, and end that by a store
 //!   ([`EntryRef::thaw`]). A frozen entry is not live: no processor and no other thread changes it (INV: frozen-owns).
+//!
+//! Single bits, too, are changed by compare-exchange and not by an atomic *and*: that would hit whatever the entry has
+//! become since it was read, a frozen or sealed pattern, a table or an MMIO generation, in all of which the same bits mean
+//! something else.
 //!
 //! Nothing here ever stores to a live entry without comparing: the processor may set accessed and dirty bits between
 //! any two instructions.
@@ -118,16 +123,36 @@ impl EntryRef<'_> {
             .map(drop)
     }
 
+    /// The entry, once no one owns it: waits while it is frozen.
+    #[inline(always)]
+    pub(crate) fn load_thawed<F: Format>(self) -> Spte {
+        let spte = self.load();
+        if spte == F::FROZEN {
+            return self.thawed::<F>();
+        }
+        spte
+    }
+
+    #[cold]
+    fn thawed<F: Format>(self) -> Spte {
+        let backoff = Backoff::new();
+        loop {
+            let spte = self.load();
+            if spte != F::FROZEN {
+                return spte;
+            }
+            backoff.snooze();
+        }
+    }
+
     /// Puts the *sealed* pattern into an entry of an unlinked table and returns what it replaced, hardware's last
     /// accessed and dirty bits included. Waits while the entry is frozen: its owner is about to store to it.
     pub(crate) fn seal<F: Format>(self) -> Spte {
         // INV: unlink-seals, volatile-atomic.
-        let backoff = Backoff::new();
-        let mut old = self.0.load(Ordering::Acquire);
+        let mut old = self.load_thawed::<F>();
         loop {
             if old == F::FROZEN {
-                backoff.snooze();
-                old = self.0.load(Ordering::Acquire);
+                old = self.thawed::<F>();
                 continue;
             }
             // AcqRel: Acquire pairs with the Release of a link, so that the children of a table found here can be
@@ -156,6 +181,7 @@ pub(crate) fn exchange<F: Format>(
         old != F::SEALED && old != F::FROZEN,
         "never exchanged by someone who does not own it"
     );
+    debug_assert!(is_writable_rightly::<F>(new, level), "{new:?}");
     // AcqRel: Release publishes a child table that `new` may point to; Acquire pairs with it where `old` pointed to one.
     entry
         .0
@@ -172,11 +198,48 @@ pub(crate) fn install_leaf<F: Format>(
     new: Spte,
     tally: &impl Tally,
 ) -> Result<(), Spte> {
+    debug_assert!(is_writable_rightly::<F>(new, level), "{new:?}");
     entry
         .0
         .compare_exchange(F::EMPTY, new, Ordering::AcqRel, Ordering::Acquire)?;
     tally.add(Stat::pages(level), 1);
     Ok(())
+}
+
+/// Exchanges `old`, a leaf of `level`, for `new`, the same leaf with other permissions, accessed or dirty bits. `Err`
+/// holds the value found instead.
+#[inline(always)]
+pub(crate) fn amend<F: Format>(
+    entry: EntryRef<'_>,
+    level: Level,
+    old: Spte,
+    new: Spte,
+) -> Result<(), Spte> {
+    debug_assert!(
+        F::is_leaf(old, level) && F::is_leaf(new, level) && F::pfn(old) == F::pfn(new),
+        "{old:?} is not the leaf {new:?}"
+    );
+    debug_assert!(is_writable_rightly::<F>(new, level), "{new:?}");
+    // INV: volatile-atomic. AcqRel: what follows from the change (a mark in a log, a flush) comes after it, and what the
+    // last one to change the entry did before is seen by this one.
+    entry
+        .0
+        .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+        .map(drop)
+}
+
+/// Whether a leaf is one of the four that may be: not writable for the host; writable for the host only; for the MMU
+/// as well; for the guest as well.
+fn is_writable_rightly<F: Format>(spte: Spte, level: Level) -> bool {
+    let bits = F::HOST_WRITABLE | F::MMU_WRITABLE | F::WRITABLE;
+    !F::is_leaf(spte, level)
+        || [
+            0,
+            F::HOST_WRITABLE,
+            F::HOST_WRITABLE | F::MMU_WRITABLE,
+            bits,
+        ]
+        .contains(&(spte.0 & bits))
 }
 
 /// Books a change that has happened.

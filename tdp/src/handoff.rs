@@ -305,9 +305,7 @@ impl<F: Format, H: Host> Context<F, H> {
     /// Turns a refusal into what the embedder is told.
     #[cold]
     pub(crate) fn refused(&self, error: HandOffError) -> Outcome {
-        if error.cause == HandOffCause::Fatal {
-            self.shared.lose();
-        }
+        self.shared.lose_if(error.cause);
         self.memory_fault(MemoryFault::Refused)
     }
 }

@@ -3,7 +3,8 @@
 //! Protocol. [`TdpIter`] borrows a visit for as long as it walks, so every table that it stands on stays memory. It
 //! reads an entry once, hands it out as a [`Step`], and **re-reads it before it descends**: the caller may have changed
 //! it. A table that is unlinked while the iterator stands in it shows only sealed entries from then on; the iterator
-//! leaves it as if it were empty, and whatever replaced it belongs to whoever unlinked it.
+//! leaves it as if it were empty, and whatever replaced it belongs to whoever unlinked it; unless the caller has it walk
+//! again.
 //!
 //! At a *yield point* the visit is re-pinned, which ends its claim on every table: the iterator forgets where it stood
 //! and walks again from the root to the next guest frame. A walk with yields visits the same frames as one without,
@@ -53,6 +54,7 @@ pub(crate) struct TdpIter<'v, 'd, F: Format, H: Host> {
     level: Level,
     gfn: Gfn,
     state: State,
+    lingers: bool,
     budget: u32,
     _format: core::marker::PhantomData<F>,
 }
@@ -65,7 +67,20 @@ enum State {
     Here,
     /// An entry was handed out: go past it.
     Past,
+    /// Hand out the entry that it stands on.
+    Again,
     Done,
+}
+
+/// What is below an entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Below {
+    /// A table, on which the walk stands now.
+    Table,
+    /// No table, or none any more.
+    Other,
+    /// Nothing can be.
+    Nothing,
 }
 
 impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
@@ -95,9 +110,29 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
             } else {
                 State::Start
             },
+            lingers: false,
             budget: ENTRIES_BETWEEN_YIELDS,
             _format: core::marker::PhantomData,
         }
+    }
+
+    /// Passes no entry that might lead to a table unless told to by [`skip_below`](Self::skip_below): one that turns out to be
+    /// none, or none any more, is handed out again, so that nothing is missed that others split, fold or put back meanwhile.
+    pub(crate) fn lingering(mut self) -> Self {
+        self.lingers = true;
+        self
+    }
+
+    /// Walks down from the root again and hands out the entry in which the way to the same frame ends now, or the one handed
+    /// out last: for who stands in a table that is sealed, be it gone or only in another's hands.
+    pub(crate) fn walk_again(&mut self) {
+        self.path = [None; 5];
+        let level = self.level;
+        self.level = self.root.level;
+        let root = self.root;
+        *self.slot(root.level) = Some((root.pfn, root.page()));
+        while self.level > level && self.descend() == Below::Table {}
+        self.state = State::Again;
     }
 
     fn slot(&mut self, level: Level) -> &mut Option<(Pfn, &'v TablePage)> {
@@ -120,12 +155,17 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
                     let root = self.root;
                     *self.slot(root.level) = Some((root.pfn, root.page()));
                 }
-                State::Here => {
-                    if !self.descend() && !self.pass() {
-                        self.state = State::Done;
-                        return None;
+                State::Again => {}
+                State::Here => match self.descend() {
+                    Below::Table => {}
+                    Below::Other if self.lingers => {}
+                    Below::Other | Below::Nothing => {
+                        if !self.pass() {
+                            self.state = State::Done;
+                            return None;
+                        }
                     }
-                }
+                },
                 State::Past => {
                     if !self.pass() {
                         self.state = State::Done;
@@ -155,21 +195,24 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         }
     }
 
-    fn descend(&mut self) -> bool {
+    /// Counts entries that the caller looked at by itself, below the one handed out last, towards the next yield point.
+    pub(crate) fn spend(&mut self, entries: u32) {
+        self.budget = self.budget.saturating_sub(entries).max(1);
+    }
+
+    fn descend(&mut self) -> Below {
         let Some(below) = self.level.below().filter(|_| self.level > self.min_level) else {
-            return false;
+            return Below::Nothing;
         };
-        let Some(spte) = self
-            .current()
-            .map(|(_, entry)| entry.load())
-            .filter(|&spte| F::is_table(spte))
-        else {
-            return false;
-        };
-        let pfn = F::pfn(spte);
-        *self.slot(below) = Some((pfn, table::page(self.host.frames(), pfn)));
-        self.level = below;
-        true
+        match self.current().map(|(_, entry)| entry.load()) {
+            Some(spte) if F::is_table(spte) => {
+                let pfn = F::pfn(spte);
+                *self.slot(below) = Some((pfn, table::page(self.host.frames(), pfn)));
+                self.level = below;
+                Below::Table
+            }
+            _ => Below::Other,
+        }
     }
 
     /// Goes past the entry at `gfn`: to its neighbour, or up until there is one.
@@ -200,11 +243,6 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
         self.path = [None; 5];
         self.visit.repin();
         self.budget = ENTRIES_BETWEEN_YIELDS;
-        let level = self.level;
-        self.level = self.root.level;
-        let root = self.root;
-        *self.slot(root.level) = Some((root.pfn, root.page()));
-        // Down again to the level at which the walk stood, or to where the path ends now.
-        while self.level > level && self.descend() {}
+        self.walk_again();
     }
 }

@@ -58,6 +58,7 @@ mod private_fault;
 pub mod protected;
 mod range;
 mod reclaim;
+mod repair;
 mod resolve;
 mod root;
 mod slot_map;

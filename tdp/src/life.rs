@@ -105,19 +105,27 @@ impl<F: Format, H: Host> Shared<F, H> {
         if phase != Phase::Building {
             return Err(ImageError::Phase { phase });
         }
+        let table = self.host.protected();
         let mut pause = tdp_rcu::sync::Pause::new();
-        loop {
-            match self.host.protected().finalise() {
-                Ok(()) => break,
+        let done = loop {
+            match table.finalise() {
+                Ok(()) => break Ok(()),
                 Err(Failure::Busy { .. } | Failure::Restart) if !pause.is_over() => pause.wait(),
-                Err(Failure::Refused(code)) => {
-                    return Err(ImageError::Finalise(HandOffCause::Refused(code)));
+                Err(Failure::NeedPages(pages)) if !pause.is_over() => {
+                    if table.donate(pages).is_err() {
+                        break Err(HandOffCause::OutOfFrames);
+                    }
+                    pause.wait();
                 }
-                Err(Failure::Busy { .. } | Failure::Restart) => {
-                    return Err(ImageError::Finalise(HandOffCause::Busy));
-                }
-                Err(_) => return Err(ImageError::Finalise(HandOffCause::Fatal)),
+                Err(Failure::NeedPages(_)) => break Err(HandOffCause::OutOfFrames),
+                Err(Failure::Busy { .. } | Failure::Restart) => break Err(HandOffCause::Busy),
+                Err(Failure::Refused(code)) => break Err(HandOffCause::Refused(code)),
+                Err(_) => break Err(HandOffCause::Fatal),
             }
+        };
+        if let Err(cause) = done {
+            self.lose_if(cause);
+            return Err(ImageError::Finalise(cause));
         }
         confidential.advance(Phase::Running);
         Ok(())

@@ -4,7 +4,7 @@ use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
-use crate::protected::ProtectedTable;
+use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
@@ -292,9 +292,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         Ok(root)
     }
 
-    /// Notes that the module gave the guest up.
-    pub(crate) fn lose(&self) {
-        if let Some(confidential) = &self.confidential {
+    /// Notes that the module gave the guest up, if that is why a call was.
+    pub(crate) fn lose_if(&self, cause: HandOffCause) {
+        if let (HandOffCause::Fatal, Some(confidential)) = (cause, &self.confidential) {
             confidential.advance(Phase::Lost);
         }
     }
@@ -316,7 +316,7 @@ impl<F: Format, H: Host> Drop for Shared<F, H> {
 /// A second-level MMU: the tables that translate a guest's physical addresses, and the means to resolve faults on them
 /// from all vCPUs at once. A handle; cloning it makes another to the same MMU.
 pub struct Mmu<F: Format, H: Host> {
-    shared: Arc<Shared<F, H>>,
+    pub(crate) shared: Arc<Shared<F, H>>,
 }
 
 impl<F: Format, H: Host> Clone for Mmu<F, H> {

@@ -132,6 +132,11 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             self.ctx.shard.add(Stat::Mmio, 1);
             return Resolution::Done(Outcome::Mmio { read_only: true });
         }
+        if !fault.prefetch
+            && let Some(outcome) = self.ctx.repair(slot, gfn, fault.access)
+        {
+            return Resolution::Done(outcome);
+        }
         let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
         if let Lookup::Mapped(mapping) = lookup {
             let limit = slot.level_at(gfn, fault.max_level.min(mapping.level));
@@ -275,6 +280,12 @@ impl<F: Format, H: Host> Context<F, H> {
         } else if F::is_leaf(old, goal) && F::allows(old, access) {
             self.shard.add(Stat::Spurious, 1);
             return Fast::Spurious;
+        } else if F::is_leaf(old, goal)
+            && !prefetch
+            && F::leaf_pfn(old, goal).0 == mapping.pfn.0 & !(goal.pages() - 1)
+            && self.repair_plain(entry, goal, old, access)
+        {
+            return Fast::Fixed(goal);
         }
         Fast::GaveUp
     }

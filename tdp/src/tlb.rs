@@ -83,7 +83,7 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
         self.request.is_none()
     }
 
-    /// Leaves that the sweep took away.
+    /// Leaves that the sweep took away or restricted.
     pub fn leaves(&self) -> u64 {
         self.leaves
     }

@@ -397,19 +397,22 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// grace periods than the bound allows, drives reclamation forward (INV: bounded-garbage). Inside a section, which
     /// would hold up whatever was retired since it began, that is tried once and not waited for.
     pub(crate) fn top_up(&mut self, outside: bool) -> Result<(), FaultError> {
+        if self.cache.len() >= TABLES_PER_FAULT {
+            return Ok(());
+        }
+        let domain = &self.ctx.shared.domain;
         let rounds = if outside { RECLAIM_ROUNDS } else { 1 };
-        let mut reclaimed = false;
+        if domain.is_over_bound() {
+            domain.reclaim(rounds);
+        }
+        let mut drained = false;
         while self.cache.len() < TABLES_PER_FAULT {
-            if !reclaimed && self.ctx.shared.domain.is_over_bound() {
-                self.ctx.shared.domain.reclaim(rounds);
-                reclaimed = true;
-            }
             match self.allocate() {
                 Ok(()) => {}
-                Err(error) if reclaimed => return Err(error.into()),
+                Err(error) if drained => return Err(error.into()),
                 Err(_) => {
                     self.ctx.shared.domain.drain(rounds);
-                    reclaimed = true;
+                    drained = true;
                 }
             }
         }

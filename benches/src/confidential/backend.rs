@@ -1,7 +1,7 @@
 //! The trusted modules that a confidential guest can be put on.
 //!
 //! * [`Tdx`] is the library's model of the TDX module: it refuses what the real one refuses, its locks are busy, and it keeps
-//!   an audit log. It has a guest's side: [`TdxCpu`].
+//!   an audit log. It has a guest's side.
 //! * [`Null`] does nothing: what is left of a fault on it is the library's own time. It needs links, so that the library does
 //!   all that it does for TDX. It keeps no table, so there is nothing to compare with.
 

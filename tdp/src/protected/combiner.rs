@@ -79,7 +79,9 @@ impl Combiner {
         let mut pause = Pause::new();
         let mut own = false;
         while !mine.job.is_done() {
-            if self.carrying.swap(true, Ordering::Acquire) {
+            // Looked at first: whoever waits writes nothing.
+            if self.carrying.load(Ordering::Relaxed) || self.carrying.swap(true, Ordering::Acquire)
+            {
                 pause.wait();
                 continue;
             }

@@ -41,7 +41,8 @@ impl Desk {
             if self.drained.load(Ordering::Acquire) >= wanted {
                 return Ok(Drained::internal());
             }
-            if !self.tended.swap(true, Ordering::Acquire) {
+            // Looked at first: whoever waits writes nothing.
+            if !self.tended.load(Ordering::Relaxed) && !self.tended.swap(true, Ordering::Acquire) {
                 let tender = Tender(self);
                 if self.drained.load(Ordering::Acquire) < wanted {
                     return tender.run(table, begin);

@@ -21,7 +21,7 @@ impl Ticket {
     }
 
     /// Says that no vCPU holds a translation from before the ticket. For implementations of
-    /// [`ProtectedTable::flush_poll`].
+    /// [`ProtectedTable::flush_poll`](super::ProtectedTable::flush_poll).
     pub const fn drained(self) -> Drained {
         Drained(())
     }

@@ -74,6 +74,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         let window = self.invalidate_begin(as_id, range);
         let removed = match to {
             Visibility::Private => {
+                for end in [range.start, Gfn(range.end.0 - 1)] {
+                    self.split_partly_covered(as_id, range, end);
+                }
                 let flushed = window.zap().flush();
                 confidential.attributes.set(range, to);
                 window.end(flushed);

@@ -15,6 +15,7 @@
 //! Once the guest is dead there is no block and no ticket: each page is reclaimed by one call, and one that the module
 //! does not give back is leaked on purpose, counted and reported.
 
+use crate::confidential::Confidential;
 use crate::entry::EntryRef;
 use crate::frozen::{EntryPlace, FrozenEntry};
 use crate::handoff::{blocked, is_blocked, unblocked};
@@ -73,6 +74,12 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// The entry at an index of a table that the caller keeps from going away.
     pub(crate) fn entry(&self, table: Pfn, index: usize) -> Option<EntryRef<'_>> {
         table::page(self.host.frames(), table).get(index)
+    }
+
+    fn is_dead(&self) -> bool {
+        self.confidential
+            .as_deref()
+            .is_some_and(Confidential::is_dead)
     }
 
     /// Takes private memory of a range away, and tables that lie wholly in it.
@@ -359,6 +366,14 @@ impl Removal {
     }
 }
 
+/// Where a sweep goes from an entry.
+enum Next {
+    Below,
+    Past,
+    /// Down from the root again.
+    WalkAgain,
+}
+
 /// A sweep that removes.
 struct Sweep<'a, F: Format, H: Host> {
     shared: &'a Shared<F, H>,
@@ -374,7 +389,9 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
     fn leaves(&mut self, root: &Root<H>, range: GfnRange) {
         let shared = self.shared;
         let mut visit = shared.domain.visit();
-        let mut iter = TdpIter::<F, H>::new(&mut visit, &shared.host, root, range, Level::L1);
+        let mut iter =
+            TdpIter::<F, H>::new(&mut visit, &shared.host, root, range, Level::L1).lingering();
+        let mut pause = Pause::new();
         while let Some(step) = iter.next() {
             let place = EntryPlace {
                 as_id: root.as_id,
@@ -382,35 +399,53 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
                 level: step.level,
             };
             let mut old = step.spte;
-            let mut pause = Pause::new();
-            loop {
+            let next = loop {
+                if old == F::SEALED {
+                    // The table is gone, or its owner folds it or looks whether it is empty: what becomes of its entries is
+                    // to be seen from the root.
+                    self.wait(&mut pause);
+                    break Next::WalkAgain;
+                }
                 if old == F::FROZEN {
                     self.wait(&mut pause);
                     old = step.entry.load();
-                } else if !F::is_mmu_present(old) {
-                    break;
-                } else if !F::is_leaf(old, step.level) {
-                    if !is_blocked::<F>(old) || self.take_block_back(step.entry, place, old) {
-                        break;
+                    continue;
+                }
+                pause = Pause::new();
+                let is_leaf = F::is_leaf(old, step.level);
+                let stays = is_leaf && !range.covers(step.range());
+                if !F::is_mmu_present(old) {
+                    break Next::Past;
+                } else if is_blocked::<F>(old) && (stays || !is_leaf) {
+                    // Once the guest is dead nothing is unblocked, and nothing needs to be.
+                    if shared.is_dead() || self.take_block_back(step.entry, place, old) {
+                        break if is_leaf { Next::Past } else { Next::Below };
                     }
                     old = step.entry.load();
-                } else if !range.covers(step.range()) {
+                } else if !is_leaf {
+                    break Next::Below;
+                } else if stays {
                     // A part of it is to stay.
                     self.run();
                     if let Err(error) =
                         shared.split_private(root.as_id, step.gfn, step.level.below_or_leaf())
                     {
                         self.note(error);
-                        break;
+                        break Next::Past;
                     }
                     old = step.entry.load();
                 } else {
                     let index = root.index(step.level, step.gfn);
                     match self.freeze(step.entry, step.table, index, place, old) {
-                        Ok(()) => break,
+                        Ok(()) => break Next::Past,
                         Err(actual) => old = actual,
                     }
                 }
+            };
+            match next {
+                Next::WalkAgain => iter.walk_again(),
+                Next::Past => iter.skip_below(),
+                Next::Below => {}
             }
             if self.batch.len() >= BATCH {
                 self.run();
@@ -514,6 +549,7 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
     }
 
     fn note(&mut self, error: HandOffError) {
+        self.shared.lose_if(error.cause);
         let (failed, _) = self.failed.get_or_insert((0, error));
         *failed += 1;
     }

@@ -160,7 +160,10 @@ impl<F: Format, H: Host> Shared<F, H> {
                 gfn: step.gfn,
                 level: step.level,
             };
-            let done = allowed == step.level && self.fold_table(step.entry, place, old)?;
+            let done = allowed == step.level
+                && self
+                    .fold_table(step.entry, place, old)
+                    .inspect_err(|error| self.lose_if(error.cause))?;
             folded.folded += u64::from(done);
             folded.left += u64::from(!done);
         }
@@ -196,8 +199,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         match done {
             Ok(()) => {}
             Err(cause) => {
-                drop(sealed);
+                // Only then the leaves: no call may come below a table that is blocked.
                 self.undo_block(frozen, &drained);
+                drop(sealed);
                 return match cause {
                     HandOffCause::Refused(_) => Ok(false),
                     cause => Err(HandOffError {

@@ -30,6 +30,7 @@ macro_rules! both_formats {
 }
 
 mod accessed;
+mod age;
 mod dump;
 mod errors;
 mod frames;
@@ -39,6 +40,7 @@ mod levels;
 mod mmio;
 mod overtaken;
 mod permissions;
+mod protect;
 mod roots;
 mod slots;
 mod zap;

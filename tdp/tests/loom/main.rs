@@ -12,8 +12,13 @@
 
 #![cfg(loom)]
 
+mod conversion;
 mod faults;
+mod handoff;
 mod invalidation;
+mod module;
+mod removal;
+mod resize;
 mod sweeps;
 mod tlb;
 mod world;

@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: a frame source promises what its pages are.
 
+use crate::module::{Manner, Module};
 use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -17,11 +18,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
 use std::time::Instant;
-use tdp::protected::Unprotected;
 use tdp::{
     Access, AddressSpaceId, Decoded, Ept, FlushRequest, Format, FrameSource, Gfn, Host, Hpa, Level,
     Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, Spte, TableMemory, TablePage,
-    TlbTracker, TlbVcpu,
+    TlbTracker, TlbVcpu, Visibility,
 };
 use tdp_arch::walker::PhysicalMemory;
 
@@ -46,6 +46,8 @@ pub(crate) fn only(gfn: Gfn) -> Range<Gfn> {
 /// leaves are possible.
 pub(crate) const OLD: Pfn = Pfn(0x4000);
 pub(crate) const NEW: Pfn = Pfn(0x8000);
+/// Host frames that back its private half.
+pub(crate) const PRIVATE: Pfn = Pfn(0xc000);
 
 /// Explores a model and says how many executions it took.
 pub(crate) fn explore(
@@ -221,6 +223,8 @@ pub(crate) struct TestHost {
     /// Look-ups have to sleep.
     sleeps: bool,
     tlb: TlbTracker,
+    /// The module of a confidential guest.
+    pub(crate) module: Module,
     /// Guest pages behind [`OLD`]: read by the processor, written by the owner who took them away.
     pages: [UnsafeCell<()>; 2],
 }
@@ -237,8 +241,15 @@ impl TestHost {
             perms: |_| Perms::RWX,
             sleeps: false,
             tlb: TlbTracker::new(),
+            module: Module::new(Manner::default()),
             pages: [(); 2].map(UnsafeCell::new),
         }
+    }
+
+    /// A module of this manner.
+    pub(crate) fn manner(mut self, manner: Manner) -> Self {
+        self.module = Module::new(manner);
+        self
     }
 
     /// Leaves up to `level`.
@@ -287,10 +298,19 @@ impl TestHost {
 impl Host for TestHost {
     type Frames = Frames;
     type Backing = Backing;
-    type Protected = Unprotected;
+    type Protected = Module;
 
-    fn protected(&self) -> &Unprotected {
-        &Unprotected
+    fn protected(&self) -> &Module {
+        &self.module
+    }
+
+    fn lookup_private(&self, slot: &Slot<Backing>, gfn: Gfn) -> Lookup {
+        slot.backing().0.with(|_| ());
+        Lookup::Mapped(Mapping::memory(
+            Pfn(PRIVATE.0 + gfn.0),
+            self.level,
+            Perms::RWX,
+        ))
     }
 
     fn frames(&self) -> &Frames {
@@ -349,6 +369,31 @@ impl World {
     /// the collector more often than anywhere else.
     pub(crate) fn with_memory_and_patience(host: TestHost) -> Self {
         Self::bounded(host, 1 << 20).and_memory(ALL)
+    }
+
+    /// A running confidential guest, private throughout, with a slot over all frames. Nothing is freed before the end
+    /// unless `frees`.
+    pub(crate) fn confidential(manner: Manner, frees: bool) -> Self {
+        let level = if manner.large { Level::L2 } else { Level::L1 };
+        let host = TestHost::new().manner(manner).level(level);
+        let frames = host.frames.clone();
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .private_by_fault()
+            .default_visibility(Visibility::Private)
+            .garbage_bound(if frees { 1 } else { 1 << 20 });
+        let mmu = builder.build().unwrap();
+        mmu.build_private().unwrap().finalise().unwrap();
+        Self { mmu, frames }.and_memory(ALL)
+    }
+
+    /// The protected table equals the private one, books and trees agree.
+    pub(crate) fn audit_private(&self) {
+        let audit = self.mmu.audit_protected(SPACE);
+        assert_eq!(audit.different, 0, "{audit:?}");
+        let (audit, stats) = (self.mmu.audit(), self.mmu.stats());
+        assert_eq!((audit.frozen, audit.misplaced, audit.unknown), (0, 0, 0));
+        assert_eq!((audit.pages, audit.tables), (stats.pages, stats.tables));
     }
 
     fn and_memory(self, gfns: Range<Gfn>) -> Self {

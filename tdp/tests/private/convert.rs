@@ -53,6 +53,26 @@ fn a_large_private_leaf_is_split_before_a_part_of_it_is_converted() {
 }
 
 #[test]
+fn a_large_shared_leaf_is_split_before_a_part_of_it_is_converted() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let all = Gfn(0)..Gfn(1024);
+    rig.mmu.convert(SPACE, all, Visibility::Shared).unwrap();
+    assert_eq!(vcpu.fault(shared(0)), fixed(Level::L2));
+    assert_eq!(vcpu.fault(shared(600)), fixed(Level::L2));
+    rig.mmu
+        .convert(SPACE, Gfn(500)..Gfn(520), Visibility::Private)
+        .unwrap();
+    assert_eq!(rig.mmu.stats().pages, [1024 - 20, 0, 0]);
+    assert_eq!(rig.mmu.stats().splits, 2);
+    // What was not converted never stopped being mapped.
+    assert_eq!(vcpu.fault(shared(499)), Ok(Outcome::Spurious));
+    assert_eq!(vcpu.fault(shared(520)), Ok(Outcome::Spurious));
+    assert_eq!(vcpu.fault(private(510)), fixed(Level::L1));
+    rig.check();
+}
+
+#[test]
 fn no_leaf_spans_both_kinds() {
     let rig = Rig::running(Level::L2);
     let mut vcpu = rig.vcpu();

@@ -157,3 +157,43 @@ fn a_refused_split_is_undone() {
     rig.check();
     assert_eq!(vcpu.fault(private(1)), Ok(Outcome::Spurious));
 }
+
+/// Leaves what is mapped from frame 0 on blocked: the hook panics when the ticket is to begin, or later.
+fn leave_blocked(rig: &Rig, call: Call) {
+    rig.script.panic_in(call);
+    let zap = catch_unwind(AssertUnwindSafe(|| {
+        let _ = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512));
+    }));
+    assert!(zap.is_err());
+    rig.script.clear();
+}
+
+#[test]
+fn a_large_leaf_that_was_left_blocked_is_split_for_a_part_of_it() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+    leave_blocked(&rig, Call::MemTrack);
+    rig.check();
+    let removed = rig.mmu.zap_private(SPACE, Gfn(5)..Gfn(6)).unwrap();
+    assert_eq!(removed.frames, 1);
+    assert_eq!(rig.mmu.stats().pages, [511, 0, 0]);
+    rig.check();
+}
+
+#[test]
+fn a_table_that_was_left_blocked_is_reclaimed_from_a_dead_guest() {
+    let mut rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    leave_blocked(&rig, Call::MemSeptRemove);
+    rig.check();
+    drop(rig.td_vcpu.take());
+    let td = rig.table().td().clone();
+    assert!(td.mng_vpflushdone().is_success());
+    assert!(td.phymem_cache_wb().is_success());
+    assert!(td.mng_key_freeid().is_success());
+    let removed = rig.mmu.reclaim_private().unwrap();
+    assert_eq!((removed.frames, removed.tables, removed.leaked), (0, 3, 0));
+    assert_eq!(rig.module.violations(), []);
+}

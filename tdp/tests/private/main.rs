@@ -5,6 +5,8 @@ mod convert;
 #[cfg(not(loom))]
 mod failures;
 #[cfg(not(loom))]
+mod kinds;
+#[cfg(not(loom))]
 mod life;
 #[cfg(not(loom))]
 mod prefault;
@@ -12,3 +14,5 @@ mod prefault;
 mod resize;
 #[cfg(not(loom))]
 mod rig;
+#[cfg(not(loom))]
+mod stress;

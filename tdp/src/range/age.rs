@@ -1,0 +1,73 @@
+//! Aging: which pages has the guest used since the last time?
+//!
+//! Protocol. Where the processor keeps the accessed bit, a leaf is *young* if it is set, and aging clears it, and nothing
+//! else (INV: volatile-atomic). Where it does not, a leaf is young unless it is *access-tracked*: aging saves its
+//! permissions in software bits and takes them away; the next access faults, and [`repair`](crate::repair) gives them back
+//! by one exchange. A leaf that somebody changes at that moment is in use: it is left young. Nothing is flushed: a
+//! translation that is still cached hides an access or two, and whoever takes away a permission for good flushes
+//! whether or not it found the leaf tracked.
+
+use crate::entry;
+use crate::host::{AddressSpaceId, Host};
+use crate::mmu::{Mmu, Shared};
+use crate::range::leaves::{LeafStep, Verdict};
+use tdp_arch::{Format, GfnRange, Spte};
+
+/// The leaf as it is when nobody has used it; the same if nobody has.
+#[inline(always)]
+fn aged<F: Format>(spte: Spte) -> Spte {
+    if spte.0 & F::AD_SOFTWARE == 0 {
+        Spte(spte.0 & !F::ACCESSED)
+    } else if F::is_access_tracked(spte) {
+        spte
+    } else {
+        F::access_track(spte)
+    }
+}
+
+impl<F: Format, H: Host> Shared<F, H> {
+    fn sweep_ages(
+        &self,
+        as_id: AddressSpaceId,
+        range: GfnRange,
+        mut see: impl FnMut(LeafStep<'_>, Spte) -> Verdict,
+    ) {
+        for root in self.roots.of(as_id) {
+            let mut visit = self.domain.visit();
+            self.sweep_leaves(&mut visit, &root, range, |leaf| {
+                let aged = aged::<F>(leaf.spte);
+                if aged == leaf.spte {
+                    return Verdict::Next;
+                }
+                see(leaf, aged)
+            });
+        }
+    }
+}
+
+impl<F: Format, H: Host> Mmu<F, H> {
+    /// Makes every page of a range old and returns whether the guest has used one since it was last made old. A large
+    /// leaf is one page. Takes no lock and flushes nothing: accesses through cached translations may go unseen.
+    pub fn age(&self, as_id: AddressSpaceId, range: impl Into<GfnRange>) -> bool {
+        let mut young = false;
+        self.shared.sweep_ages(as_id, range.into(), |leaf, aged| {
+            young = true;
+            match entry::amend::<F>(leaf.entry, leaf.level, leaf.spte, aged) {
+                // The processor has set another bit: the accessed bit still goes.
+                Err(actual) if leaf.spte.0 & F::AD_SOFTWARE == 0 => Verdict::Again(actual),
+                _ => Verdict::Next,
+            }
+        });
+        young
+    }
+
+    /// Whether the guest has used a page of a range since it was last made old. Changes nothing.
+    pub fn test_age(&self, as_id: AddressSpaceId, range: impl Into<GfnRange>) -> bool {
+        let mut young = false;
+        self.shared.sweep_ages(as_id, range.into(), |_, _| {
+            young = true;
+            Verdict::Stop
+        });
+        young
+    }
+}

@@ -1,0 +1,510 @@
+//! What each kind of failure obliges the MMU to do, with a module that answers by a script.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Mutex;
+use tdp::protected::{
+    Capabilities, Content, Drained, Failure, HandOffCause, HandOffStep, Inspected, Scope, Ticket,
+    Token,
+};
+use tdp::{
+    AddressSpaceId, ConvertError, EntryPlace, Ept, Fault, FaultError, FrozenEntry, Gfn, ImageError,
+    Level, LinearBacking, MemoryFault, MmapPool, Mmu, OutOfFrames, Outcome, Pfn, Phase, PoolConfig,
+    ProtectedTable, Slot, SoftwareHost, TlbTracker, Visibility,
+};
+
+const SPACE: AddressSpaceId = AddressSpaceId(0);
+const PRIVATE: Pfn = Pfn(0x10_0000);
+/// Under which the answers to calls on many entries are scripted; this module merges nothing.
+const MANY: HandOffStep = HandOffStep::Merge;
+/// Under which the answers to the end of the building are; it reclaims nothing either.
+const FINALISE: HandOffStep = HandOffStep::Reclaim;
+
+#[derive(Default)]
+struct State {
+    /// What each place holds; `None` for a table.
+    entries: HashMap<(u64, u8), Option<Pfn>>,
+    /// What the next calls of a step are answered.
+    answers: HashMap<HandOffStep, VecDeque<Failure>>,
+    /// Tokens that `resume` was called with.
+    resumed: Vec<u64>,
+    donated: u32,
+    kicks: u32,
+    calls: Vec<HandOffStep>,
+    twins: u64,
+    /// Pages of each call on many entries.
+    runs: Vec<usize>,
+}
+
+struct Scripted {
+    capabilities: Capabilities,
+    state: Mutex<State>,
+}
+
+impl Scripted {
+    fn answer(&self, step: HandOffStep) -> Result<(), Failure> {
+        let mut state = self.state.lock().unwrap();
+        state.calls.push(step);
+        match state.answers.get_mut(&step).and_then(VecDeque::pop_front) {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    fn set(&self, entry: &FrozenEntry<'_>, to: Option<Option<Pfn>>) {
+        let EntryPlace { gfn, level, .. } = entry.place();
+        let mut state = self.state.lock().unwrap();
+        match to {
+            Some(what) => state.entries.insert((gfn.0, level.number()), what),
+            None => state.entries.remove(&(gfn.0, level.number())),
+        };
+    }
+}
+
+impl ProtectedTable for Scripted {
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn allocate_twins(&self, out: &mut [Pfn]) -> Result<usize, OutOfFrames> {
+        let mut state = self.state.lock().unwrap();
+        for slot in out.iter_mut() {
+            state.twins += 1;
+            *slot = Pfn(0x9_0000 + state.twins);
+        }
+        Ok(out.len())
+    }
+
+    fn donate(&self, pages: u32) -> Result<(), OutOfFrames> {
+        self.state.lock().unwrap().donated += pages;
+        Ok(())
+    }
+
+    fn kick(&self) {
+        self.state.lock().unwrap().kicks += 1;
+    }
+
+    fn link(&self, entry: &FrozenEntry<'_>, _: Pfn) -> Result<(), Failure> {
+        self.answer(HandOffStep::Link)?;
+        self.set(entry, Some(None));
+        Ok(())
+    }
+
+    fn install(&self, entry: &FrozenEntry<'_>, page: Pfn, _: Content) -> Result<(), Failure> {
+        let answer = self.answer(HandOffStep::Install);
+        // A call that is incomplete has begun.
+        if matches!(answer, Ok(()) | Err(Failure::Incomplete(_))) {
+            self.set(entry, Some(Some(page)));
+        }
+        answer
+    }
+
+    fn install_many(
+        &self,
+        entries: &[FrozenEntry<'_>],
+        first: Pfn,
+        _: Content,
+    ) -> Result<(), Failure> {
+        let done = match self.answer(MANY) {
+            Ok(()) => entries.len(),
+            Err(Failure::Partial(done)) => done,
+            Err(failure) => return Err(failure),
+        };
+        for (n, entry) in entries.iter().enumerate().take(done) {
+            self.set(entry, Some(Some(Pfn(first.0 + n as u64))));
+        }
+        self.state.lock().unwrap().runs.push(done);
+        if done == entries.len() {
+            Ok(())
+        } else {
+            Err(Failure::Partial(done))
+        }
+    }
+
+    fn block(&self, _: &FrozenEntry<'_>) -> Result<(), Failure> {
+        self.answer(HandOffStep::Block)
+    }
+
+    fn flush_begin(&self) -> Result<Ticket, Failure> {
+        self.answer(HandOffStep::Flush)?;
+        Ok(Ticket::new(1))
+    }
+
+    fn remove(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
+        self.answer(HandOffStep::Remove)?;
+        self.set(entry, None);
+        Ok(())
+    }
+
+    fn unlink(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
+        self.answer(HandOffStep::Unlink)?;
+        self.set(entry, None);
+        Ok(())
+    }
+
+    fn resume(&self, _: &FrozenEntry<'_>, token: Token) -> Result<(), Failure> {
+        let mut state = self.state.lock().unwrap();
+        state.resumed.push(token.0);
+        match token.0 {
+            0 => Ok(()),
+            left => Err(Failure::Incomplete(Token(left - 1))),
+        }
+    }
+
+    fn finalise(&self) -> Result<(), Failure> {
+        match self.state.lock().unwrap().answers.get_mut(&FINALISE) {
+            Some(answers) => answers.pop_front().map_or(Ok(()), Err),
+            None => Ok(()),
+        }
+    }
+
+    fn inspect(&self, place: EntryPlace) -> Inspected {
+        let state = self.state.lock().unwrap();
+        match state.entries.get(&(place.gfn.0, place.level.number())) {
+            None => Inspected::Free,
+            Some(None) => Inspected::Table { blocked: false },
+            Some(&Some(pfn)) => Inspected::Leaf {
+                pfn,
+                pending: true,
+                blocked: false,
+            },
+        }
+    }
+}
+
+type TestMmu = Mmu<Ept, SoftwareHost<Scripted>>;
+
+fn building(capabilities: Capabilities) -> TestMmu {
+    let frames = MmapPool::new(PoolConfig {
+        frames: 256,
+        base: Pfn(0x1000),
+        huge_pages: false,
+    })
+    .unwrap();
+    let table = Scripted {
+        capabilities,
+        state: Mutex::default(),
+    };
+    let host = SoftwareHost::confidential(frames, TlbTracker::new(), table);
+    let mmu = TestMmu::builder(host)
+        .private_by_fault()
+        .default_visibility(Visibility::Private)
+        .build()
+        .unwrap();
+    let backing = LinearBacking::new(Pfn(0x8_0000), Level::L1).with_private(PRIVATE);
+    mmu.slots()
+        .insert(Slot::new(Gfn(0)..Gfn(4096), backing))
+        .unwrap();
+    mmu
+}
+
+fn guest(capabilities: Capabilities) -> TestMmu {
+    let mmu = building(capabilities);
+    mmu.build_private().unwrap().finalise().unwrap();
+    mmu
+}
+
+fn usual() -> TestMmu {
+    guest(Capabilities::none().needs_link().needs_block())
+}
+
+fn script(mmu: &TestMmu, step: HandOffStep, answers: impl IntoIterator<Item = Failure>) {
+    let mut state = mmu.host().protected_table().state.lock().unwrap();
+    state.answers.insert(step, answers.into_iter().collect());
+}
+
+fn touch(mmu: &TestMmu, gfn: u64) -> Result<Outcome, FaultError> {
+    let fault = Fault::write(Gfn(gfn).address()).private();
+    mmu.vcpu().unwrap().fault(fault)
+}
+
+const FIXED: Result<Outcome, FaultError> = Ok(Outcome::Fixed { level: Level::L1 });
+const REFUSED: Result<Outcome, FaultError> = Ok(Outcome::MemoryFault(MemoryFault::Refused));
+
+#[track_caller]
+fn check(mmu: &TestMmu) {
+    let audit = mmu.audit_protected(SPACE);
+    assert_eq!(audit.different, 0, "{audit:?}");
+    assert_eq!(mmu.audit().frozen, 0);
+    let (audit, stats) = (mmu.audit(), mmu.stats());
+    assert_eq!((audit.pages, audit.tables), (stats.pages, stats.tables));
+}
+
+fn busy(scope: Scope) -> Failure {
+    Failure::Busy { scope }
+}
+
+#[test]
+fn busy_in_every_scope_and_restart_are_met_by_the_call_again() {
+    let scopes = [
+        Scope::Entry,
+        Scope::Tree,
+        Scope::Vm,
+        Scope::Epoch,
+        Scope::PhysNeighbour,
+    ];
+    for step in [HandOffStep::Link, HandOffStep::Install] {
+        let mmu = usual();
+        script(
+            &mmu,
+            step,
+            scopes.map(busy).into_iter().chain([Failure::Restart]),
+        );
+        assert_eq!(touch(&mmu, 3), FIXED);
+        assert_eq!(mmu.stats().protected.busy_of(step), 6);
+        check(&mmu);
+    }
+    for step in [
+        HandOffStep::Block,
+        HandOffStep::Flush,
+        HandOffStep::Remove,
+        HandOffStep::Unlink,
+    ] {
+        let mmu = usual();
+        assert_eq!(touch(&mmu, 3), FIXED);
+        script(
+            &mmu,
+            step,
+            scopes.map(busy).into_iter().chain([Failure::Restart]),
+        );
+        let removed = mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+        assert_eq!((removed.frames, removed.tables), (1, 1));
+        assert_eq!(mmu.stats().protected.busy_of(step), 6);
+        check(&mmu);
+    }
+}
+
+#[test]
+fn vcpus_are_kicked_where_that_helps_and_only_there() {
+    for (scope, helps) in [
+        (Scope::Tree, true),
+        (Scope::Epoch, true),
+        (Scope::PhysNeighbour, false),
+    ] {
+        let mmu = usual();
+        assert_eq!(touch(&mmu, 3), FIXED);
+        script(&mmu, HandOffStep::Block, (0..40).map(|_| busy(scope)));
+        mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap();
+        let kicks = mmu.host().protected_table().state.lock().unwrap().kicks;
+        assert_eq!(kicks > 0, helps, "{scope:?}");
+    }
+}
+
+#[test]
+fn a_module_that_stays_busy_is_given_up_before_the_ticket_and_never_after() {
+    let mmu = usual();
+    assert_eq!(touch(&mmu, 3), FIXED);
+    script(
+        &mmu,
+        HandOffStep::Block,
+        (0..1000).map(|_| busy(Scope::Entry)),
+    );
+    let error = match mmu.zap_private(SPACE, Gfn(3)..Gfn(4)) {
+        Err(ConvertError::Removal(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(error.first.cause, HandOffCause::Busy);
+    check(&mmu);
+    assert_eq!(touch(&mmu, 3), Ok(Outcome::Spurious));
+    script(&mmu, HandOffStep::Block, []);
+    // More than a bounded wait: nothing undoes what follows a ticket.
+    script(
+        &mmu,
+        HandOffStep::Remove,
+        (0..300).map(|_| busy(Scope::Entry)),
+    );
+    assert_eq!(mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap().frames, 1);
+    check(&mmu);
+}
+
+#[test]
+fn what_is_not_drained_is_asked_again_and_not_blocked_again() {
+    let mmu = usual();
+    assert_eq!(touch(&mmu, 3), FIXED);
+    script(
+        &mmu,
+        HandOffStep::Remove,
+        (0..20).map(|_| Failure::NotDrained),
+    );
+    mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap();
+    let calls = mmu.stats().protected;
+    assert_eq!(calls.calls_of(HandOffStep::Block), 1);
+    assert_eq!(calls.calls_of(HandOffStep::Remove), 21);
+    check(&mmu);
+}
+
+#[test]
+fn an_incomplete_call_is_gone_on_with_until_it_is_done() {
+    let mmu = guest(Capabilities::none().needs_link().needs_block().resumable());
+    script(&mmu, HandOffStep::Install, [Failure::Incomplete(Token(3))]);
+    assert_eq!(touch(&mmu, 3), FIXED);
+    let resumed = mmu
+        .host()
+        .protected_table()
+        .state
+        .lock()
+        .unwrap()
+        .resumed
+        .clone();
+    assert_eq!(resumed, [3, 2, 1, 0]);
+    assert_eq!(mmu.stats().protected.calls_of(HandOffStep::Install), 1);
+    check(&mmu);
+}
+
+#[test]
+fn pages_that_the_module_needs_are_donated() {
+    let mmu = usual();
+    script(
+        &mmu,
+        HandOffStep::Install,
+        [Failure::NeedPages(2), Failure::NeedPages(1)],
+    );
+    assert_eq!(touch(&mmu, 3), FIXED);
+    assert_eq!(
+        mmu.host().protected_table().state.lock().unwrap().donated,
+        3
+    );
+    check(&mmu);
+    // One that asks for ever is not believed for ever.
+    script(
+        &mmu,
+        HandOffStep::Install,
+        (0..100).map(|_| Failure::NeedPages(1)),
+    );
+    assert_eq!(touch(&mmu, 4), REFUSED);
+    check(&mmu);
+}
+
+#[test]
+fn a_refusal_is_undone_and_reported() {
+    for step in [HandOffStep::Link, HandOffStep::Install] {
+        let mmu = usual();
+        script(&mmu, step, [Failure::Refused(5)]);
+        assert_eq!(touch(&mmu, 3), REFUSED);
+        assert_eq!(mmu.phase(), Some(Phase::Running));
+        check(&mmu);
+        assert_eq!(touch(&mmu, 3), FIXED);
+    }
+}
+
+#[test]
+fn a_guest_that_is_given_up_is_lost_for_good() {
+    let mmu = usual();
+    assert_eq!(touch(&mmu, 2), FIXED);
+    script(&mmu, HandOffStep::Install, [Failure::Fatal]);
+    assert_eq!(touch(&mmu, 3), REFUSED);
+    assert_eq!(mmu.phase(), Some(Phase::Lost));
+    check(&mmu);
+    let calls = mmu.stats().protected.calls_of(HandOffStep::Install);
+    assert_eq!(touch(&mmu, 4), REFUSED);
+    assert_eq!(mmu.stats().protected.calls_of(HandOffStep::Install), calls);
+}
+
+#[test]
+fn a_guest_that_is_given_up_during_a_removal_is_lost_too() {
+    for step in [HandOffStep::Block, HandOffStep::Flush, HandOffStep::Remove] {
+        let mmu = usual();
+        assert_eq!(touch(&mmu, 2), FIXED);
+        script(&mmu, step, [Failure::Fatal]);
+        let error = match mmu.zap_private(SPACE, Gfn(2)..Gfn(3)) {
+            Err(ConvertError::Removal(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            (error.first.step, error.first.cause),
+            (step, HandOffCause::Fatal)
+        );
+        assert_eq!(mmu.phase(), Some(Phase::Lost));
+        assert_eq!(touch(&mmu, 3), REFUSED);
+        assert_eq!(mmu.stats().pages, [1, 0, 0], "what was not taken out stays");
+    }
+}
+
+#[test]
+fn what_does_not_suit_a_call_gives_the_guest_up() {
+    // One entry has no parts, and this module cannot go on with anything.
+    for failure in [Failure::Partial(1), Failure::Incomplete(Token(0))] {
+        let mmu = usual();
+        script(&mmu, HandOffStep::Link, [failure]);
+        assert_eq!(touch(&mmu, 3), REFUSED);
+        assert_eq!(mmu.phase(), Some(Phase::Lost));
+        check(&mmu);
+    }
+}
+
+#[test]
+fn finalising_is_persisted_in_as_any_call() {
+    let answers = [
+        busy(Scope::Vm),
+        Failure::Restart,
+        Failure::NeedPages(2),
+        Failure::Refused(9),
+    ];
+    let mmu = building(Capabilities::none());
+    script(&mmu, FINALISE, answers);
+    let mut image = mmu.build_private().unwrap();
+    assert_eq!(
+        image.finalise(),
+        Err(ImageError::Finalise(HandOffCause::Refused(9)))
+    );
+    assert_eq!(
+        mmu.host().protected_table().state.lock().unwrap().donated,
+        2
+    );
+    assert_eq!(mmu.phase(), Some(Phase::Building));
+    script(&mmu, FINALISE, [Failure::Fatal]);
+    assert!(image.finalise().is_err());
+    assert_eq!(mmu.phase(), Some(Phase::Lost));
+    // And it never runs: there is no way back.
+    assert!(matches!(
+        image.finalise(),
+        Err(ImageError::Phase { phase: Phase::Lost })
+    ));
+}
+
+#[test]
+fn neighbours_go_through_one_call_as_far_as_the_module_takes_them() {
+    let mmu = guest(Capabilities::none().needs_link().needs_block().range_ops());
+    // The first page by itself, which links the tables; then a run of which the module does seven; then the rest.
+    script(&mmu, HandOffStep::Install, []);
+    let mut vcpu = mmu.vcpu().unwrap();
+    let done = vcpu.prefault(Gfn(0)..Gfn(1), Visibility::Private).unwrap();
+    assert_eq!(done.frames, 1);
+    assert_eq!(touch(&mmu, 30), FIXED);
+    script(&mmu, MANY, [busy(Scope::Entry), Failure::Partial(7)]);
+    let done = vcpu
+        .prefault(Gfn(1)..Gfn(100), Visibility::Private)
+        .unwrap();
+    assert_eq!((done.frames, done.stopped), (98, None));
+    assert_eq!(mmu.stats().pages, [100, 0, 0]);
+    let runs = mmu
+        .host()
+        .protected_table()
+        .state
+        .lock()
+        .unwrap()
+        .runs
+        .clone();
+    assert!(runs.contains(&7), "{runs:?}");
+    assert!(runs.iter().any(|&pages| pages > 20), "{runs:?}");
+    let calls = mmu.stats().protected.calls_of(HandOffStep::Install);
+    assert!(calls < 20, "{calls} calls for 100 pages");
+    check(&mmu);
+}
+
+#[test]
+fn a_module_without_links_and_blocks_sees_neither() {
+    let mmu = guest(Capabilities::none());
+    assert_eq!(touch(&mmu, 3), FIXED);
+    mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    let calls = mmu
+        .host()
+        .protected_table()
+        .state
+        .lock()
+        .unwrap()
+        .calls
+        .clone();
+    assert_eq!(calls, [HandOffStep::Install, HandOffStep::Remove]);
+    assert_eq!(mmu.stats().tables, 2, "the table is unlinked all the same");
+    check(&mmu);
+}
