@@ -240,14 +240,7 @@ pub fn lap<C: Contender>(
                 scope.spawn(move || run(contender, &mut worker.0, course, order, cpu, meeting))
             })
             .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
+        threads.into_iter().map(join).collect()
     });
     let runs = runs.into_iter().collect::<Result<Vec<_>, _>>()?;
     let start = runs.iter().map(|run| run.start).min();
@@ -260,6 +253,13 @@ pub fn lap<C: Contender>(
         cpu: runs.iter().map(|run| run.cpu).sum(),
         preemptions: runs.iter().map(|run| run.preemptions).sum(),
     })
+}
+
+/// What a thread came to. A panic of it goes on here.
+pub(crate) fn join<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Laps that are run at most for one that the operating system leaves alone.

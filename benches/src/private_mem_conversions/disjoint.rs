@@ -8,6 +8,7 @@ use crate::confidential::backend::{Backend, Null, NullOptions, Tdx, TdxOptions};
 use crate::confidential::conditions::{Conditions, Weather};
 use crate::confidential::guest::{Calls, Checks, Guest, SPACE, private_write};
 use crate::confidential::layout::Layout;
+use crate::race::join;
 use crate::report::{Error, Progress};
 use crate::sync::{AtomicBool, Ordering};
 use std::sync::Barrier;
@@ -190,10 +191,4 @@ fn quartet<B: Backend>(
         wall_ns,
         waits,
     })
-}
-
-fn join<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

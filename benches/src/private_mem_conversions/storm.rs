@@ -7,6 +7,7 @@ use crate::confidential::faulting::Tries;
 use crate::confidential::guest::{Calls, Checks, Guest, SPACE};
 use crate::confidential::layout::Layout;
 use crate::confidential::running::{Access, RunningVcpu};
+use crate::race::join;
 use crate::report::{Error, Progress};
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -301,7 +302,8 @@ impl Field<'_> {
             let start = self.chunk.align_down(self.any_frame(&mut seed));
             let turn = &self.turns[self.number(start)];
             let found = turn.load(Ordering::Relaxed);
-            // Acquire: after the conversion before. Another thread's chunk is left to it.
+            // SeqCst, here and below: pairs with the looker's loads, whose looks lie between them. Another thread's chunk is
+            // left to it.
             let is_free = found.is_multiple_of(2)
                 && turn
                     .compare_exchange(found, found + 1, Ordering::SeqCst, Ordering::Relaxed)
@@ -378,10 +380,4 @@ impl Field<'_> {
                 matches!(self.guest.backend().inspect(place), Inspected::Leaf { .. })
             })
     }
-}
-
-fn join<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -7,6 +7,7 @@ use crate::confidential::faulting::{Tries, Unresolved};
 use crate::confidential::guest::{Calls, Checks, Guest, GuestVcpu, SPACE, private_write};
 use crate::confidential::layout::Layout;
 use crate::confidential::running::RunningVcpu;
+use crate::race::join;
 use crate::report::{Error, Progress};
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Barrier;
@@ -160,12 +161,6 @@ fn fill(
         threads.into_iter().try_for_each(|thread| join(thread))
     })
     .map_err(Into::into)
-}
-
-fn join<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Has the vCPUs run, and the threads remove.
