@@ -207,6 +207,8 @@ impl<F: Format, H: Host> Context<F, H> {
             // The backing changed without an invalidation: break before make.
             let mut pending = PendingFlush::new(&self.shared);
             if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
+                let gfn = level.align_down(request.gfn);
+                self.shared.keep_dirty(self.as_id, gfn, level, old);
                 pending.note(self.as_id, level.range(request.gfn), false);
                 pending.flush();
             }

@@ -38,6 +38,7 @@ extern crate std;
 
 mod attributes;
 mod confidential;
+mod dirty;
 mod dump;
 mod entry;
 mod fault;
@@ -74,6 +75,7 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+pub use dirty::{DirtyLog, DirtyLogError, DirtyPage, DirtyRing, DirtyTracking};
 pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};

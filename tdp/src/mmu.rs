@@ -2,6 +2,7 @@
 
 use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
+use crate::dirty::{DirtyRing, DirtyRings, DirtyTracking};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
 use crate::protected::{HandOffCause, ProtectedTable};
@@ -45,6 +46,9 @@ pub enum BuildError {
         /// Bits of physical address.
         bits: u32,
     },
+    /// Too few entries, or not a power of two.
+    #[error("a dirty ring of {0} entries: a power of two from {least} on is meant", least = DirtyRing::LEAST)]
+    DirtyRing(u32),
     /// No address has this bit, or it does not choose a root entry.
     #[error("bit {0} of a guest address cannot say whether memory is shared")]
     SharedBit(u32),
@@ -75,6 +79,8 @@ pub struct MmuBuilder<F: Format, H: Host> {
     physical_bits: u32,
     ad_bits: AdBits,
     mmio_caching: bool,
+    dirty_tracking: DirtyTracking,
+    dirty_ring: u32,
     max_leaf: Level,
     garbage_bound: usize,
     asymmetric_fences: bool,
@@ -121,6 +127,19 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// is yes. It lets a guest make tables for address space that has no memory.
     pub fn mmio_caching(mut self, on: bool) -> Self {
         self.mmio_caching = on;
+        self
+    }
+
+    /// How writes to logged slots are noticed. The default is by write protection.
+    pub fn dirty_tracking(mut self, tracking: DirtyTracking) -> Self {
+        self.dirty_tracking = tracking;
+        self
+    }
+
+    /// Gives each vCPU a dirty ring of that many entries, a power of two from 1024 on, 16 bytes each. The default is 0:
+    /// no rings, only bitmaps.
+    pub fn dirty_ring(mut self, entries: u32) -> Self {
+        self.dirty_ring = entries;
         self
     }
 
@@ -181,6 +200,10 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         if self.max_leaf > Level::L3 {
             return Err(BuildError::MaxLeaf(self.max_leaf));
         }
+        let ring = self.dirty_ring;
+        if ring != 0 && !(ring.is_power_of_two() && ring >= DirtyRing::LEAST) {
+            return Err(BuildError::DirtyRing(ring));
+        }
         let window = self.host.frames().window();
         if window.end.0 > 1 << (self.physical_bits - tdp_arch::PAGE_SHIFT) {
             return Err(BuildError::Window {
@@ -225,6 +248,8 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
+                dirty_tracking: self.dirty_tracking,
+                rings: DirtyRings::new(self.dirty_ring),
                 max_leaf: self.max_leaf,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
                 unflushed: CachePadded::new(AtomicU64::new(0)),
@@ -247,11 +272,13 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) address_spaces: u8,
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
+    pub(crate) dirty_tracking: DirtyTracking,
     pub(crate) max_leaf: Level,
     /// First host frame that the processor cannot address.
     pub(crate) pfn_limit: Pfn,
     /// Sweeps, and faults that took something away, that have not flushed yet.
     pub(crate) unflushed: CachePadded<AtomicU64>,
+    pub(crate) rings: DirtyRings,
     /// The private half, if there is one.
     pub(crate) confidential: Option<Box<Confidential>>,
     /// Written by vCPUs that load a root and by sweeps.
@@ -346,6 +373,8 @@ impl<F: Format, H: Host> Mmu<F, H> {
             physical_bits: 46,
             ad_bits: AdBits::Processor,
             mmio_caching: true,
+            dirty_tracking: DirtyTracking::default(),
+            dirty_ring: 0,
             max_leaf: Level::L3,
             garbage_bound: 4096,
             asymmetric_fences: false,

@@ -173,7 +173,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         self.replace(&writer, as_id, id, |slot| Some(slot.moved_to(start)))
     }
 
-    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
+    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped. With
+    /// [`SlotFlags::LOG_DIRTY`] the log begins: when this returns, every write is noticed.
     ///
     /// Waits as [`remove`](Slots::remove) does.
     ///
@@ -190,11 +191,22 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             |slot: &Slot<H::Backing>| (slot.flags() ^ flags).contains(SlotFlags::READ_ONLY);
         // Held from here on: another change of the flags must not come between the question and its answer.
         let writer = self.shared.slots.writer.lock();
-        if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
-            self.replace(&writer, as_id, id, |slot| Some(slot.with_flags(flags)))
-        } else {
-            self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
+        let before = self.by_id(as_id, id);
+        if before.as_deref().is_some_and(remaps) {
+            return self.replace(&writer, as_id, id, |slot| Some(slot.with_flags(flags)));
         }
+        self.change(as_id, id, |slot| Some(slot.with_flags(flags)))?;
+        let logged = |slot: &Slot<H::Backing>| slot.bitmap().is_some();
+        let (Some(before), Some(now)) = (before, self.by_id(as_id, id)) else {
+            return Ok(());
+        };
+        if logged(&now) && !logged(&before) {
+            // A fault that knew the slot without its log may still make a leaf writable, or a large one. The fence inside
+            // pairs with the one at the start of every critical section: a fault that is not waited for sees the log.
+            self.shared.domain.synchronize_sections();
+            self.shared.start_log(&now).flush();
+        }
+        Ok(())
     }
 
     /// Takes away what a slot maps and puts what `change` makes of it in its place.

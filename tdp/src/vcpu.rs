@@ -5,6 +5,7 @@
 //! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one.
 
+use crate::dirty::DirtyRing;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
@@ -55,6 +56,8 @@ pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
+    /// Where it notes the pages that it lets be written, if there are rings.
+    pub(crate) ring: Option<Arc<DirtyRing>>,
 }
 
 /// The slot that was used last, and the version of the slot map under which it was found.
@@ -90,6 +93,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 confidential.capabilities
             });
         let shard = shared.shards.vcpu();
+        let ring = shared.rings.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
             ctx: Context {
@@ -99,6 +103,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 shared,
                 shard,
                 as_id,
+                ring,
             },
             hint: SlotHint::none(),
             cache: TableCache::new(),
@@ -390,7 +395,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }
-        self.install_mapping(fault, mapping.level, mapping, mapping.perms, None)
+        self.install_mapping(fault, mapping.level, mapping, mapping.perms, false, None)
     }
 
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, or where more waits for

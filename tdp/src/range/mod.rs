@@ -4,9 +4,9 @@
 mod age;
 mod audit;
 mod convert;
-mod leaves;
+pub(crate) mod leaves;
 mod private;
-mod protect;
+pub(crate) mod protect;
 mod resize;
 mod split;
 mod visit;

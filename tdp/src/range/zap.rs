@@ -15,7 +15,7 @@ use crate::stats::{Stat, Tally};
 use crate::table::{self, TableState};
 use crate::tlb::PendingFlush;
 use alloc::vec::Vec;
-use tdp_arch::{Format, GfnRange, Level, Pfn, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
 
 /// What a zap takes away.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 match entry::exchange::<F>(entry, level, old, F::EMPTY, tally) {
                     Ok(()) => {
                         if is_leaf {
+                            self.keep_dirty(root.as_id, covered.start, level, old);
                             pending.count_leaf();
                             pending.note(root.as_id, covered, false);
                         }
@@ -90,7 +91,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         pending.note(
             root.as_id,
             GfnRange {
-                start: tdp_arch::Gfn(0),
+                start: Gfn(0),
                 end: root.limit(),
             },
             true,
@@ -122,11 +123,16 @@ fn seal_entries<F: Format, H: Host>(
     pending: &mut PendingFlush<'_, F, H>,
 ) {
     let page = table::page(shared.host.frames(), pfn);
+    let place = shared.meta.place(pfn);
     let mut index = 0;
     while let Some(entry) = page.get(index) {
         let old = EntryRef::seal::<F>(entry);
         entry::account::<F>(level, old, F::SEALED, tally);
         if F::is_leaf(old, level) {
+            if let Some(place) = place {
+                let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());
+                shared.keep_dirty(place.as_id, gfn, level, old);
+            }
             pending.count_leaf();
         } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {
             seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);

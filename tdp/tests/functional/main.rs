@@ -31,6 +31,7 @@ macro_rules! both_formats {
 
 mod accessed;
 mod age;
+mod dirty;
 mod dump;
 mod errors;
 mod frames;

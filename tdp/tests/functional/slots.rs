@@ -175,7 +175,7 @@ both_formats! {
         rig.assert_maps(&mut cpu.vcpu, Gfn(3), Pfn(BASE + 3), Level::L1, Perms::RWX);
     }
 
-    /// Logging writes needs nothing taken away now; new leaves are small.
+    /// Logging writes takes the write permission of what is mapped; new leaves are small.
     fn dirty_logging_makes_new_leaves_small<F>() {
         let rig = Rig::<F>::new();
         let slots = rig.mmu.slots();
@@ -186,7 +186,7 @@ both_formats! {
         let generation = slots.generation();
         slots.set_flags(SPACE, id, SlotFlags::LOG_DIRTY).expect("it is there");
         assert_ne!(slots.generation(), generation);
-        assert_eq!(rig.host().take_flushes(), []);
+        assert_eq!(rig.host().take_flushes().len(), 1);
         assert_eq!(vcpu.fault(Fault::read(Gfn(0x200).address())), fixed());
         assert_eq!(rig.mmu.stats().pages, [1, 1, 0]);
     }

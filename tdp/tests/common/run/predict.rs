@@ -73,6 +73,7 @@ impl<F: Processor> Run<'_, F> {
             Outcome::Spurious => &mut self.counts.spurious,
             Outcome::Mmio { .. } => &mut self.counts.mmio,
             Outcome::MemoryFault(_) => &mut self.counts.memory_faults,
+            Outcome::DirtyRingFull => panic!("there are no rings"),
             Outcome::Retry(reason) => {
                 let at = RetryReason::ALL.iter().position(|&r| r == reason);
                 &mut self.counts.retries[at.expect("every reason is listed")]
