@@ -6,7 +6,7 @@ use crate::world::{A, Processor, SPACE, Vcpu, World, explore, only, settled};
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use std::sync::Arc;
-use tdp::{DirtyTracking, Fault, Outcome, SlotFlags, SlotId};
+use tdp::{DirtyTracking, Fault, Level, Outcome, SlotFlags, SlotId};
 
 /// The page's content. Relaxed: only the MMU orders the guest's writes against the copying.
 type Page = Arc<AtomicU64>;
@@ -68,6 +68,30 @@ fn writes_against_the_collector(name: &str, bound: usize, tracking: DirtyTrackin
 fn write_protection_against_writes() {
     let tracking = DirtyTracking::WriteProtect;
     writes_against_the_collector("write x collect, by protection", 3, tracking, false);
+}
+
+/// The page is marked and cannot be written when it begins, so that the mark that the fault makes meets an older one.
+#[test]
+fn an_older_mark_against_writes() {
+    explore("write x collect, marked before", Some(3), || {
+        let world = World::with_log(DirtyTracking::WriteProtect, false, true);
+        let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+        let mut processor = world.processor(&mut ours);
+        assert!(settled(ours.fault(Fault::write(A.address())).unwrap()));
+        world.mmu.write_protect(SPACE, only(A), Level::L1).flush();
+        let page = Page::default();
+        let content = page.clone();
+        let guest = thread::spawn(move || {
+            write(&mut theirs, &mut processor, &content, 1);
+            theirs
+        });
+        let mut copied = 0;
+        copy(&world, &page, &mut copied, false);
+        let theirs = guest.join().unwrap();
+        copy(&world, &page, &mut copied, false);
+        assert_eq!(copied, 1, "a write was lost");
+        world.finish([ours, theirs]);
+    });
 }
 
 /// The processor sets dirty bits while they are taken.
