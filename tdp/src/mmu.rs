@@ -4,6 +4,7 @@ use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
+use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
@@ -18,7 +19,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
-use tdp_rcu::sync::{AtomicU64, CachePadded};
+use tdp_rcu::sync::{AtomicU64, CachePadded, Plain};
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -75,6 +76,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     physical_bits: u32,
     ad_bits: AdBits,
     mmio_caching: bool,
+    nx_huge_pages: bool,
     max_leaf: Level,
     garbage_bound: usize,
     asymmetric_fences: bool,
@@ -121,6 +123,14 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// is yes. It lets a guest make tables for address space that has no memory.
     pub fn mmio_caching(mut self, on: bool) -> Self {
         self.mmio_caching = on;
+        self
+    }
+
+    /// Whether large leaves are kept from being executable, against a guest that could stop the machine by changing
+    /// the size of a page while it fetches from it (erratum ITLB_MULTIHIT). The default is no; see
+    /// [`Mmu::set_nx_huge_pages`].
+    pub fn nx_huge_pages(mut self, on: bool) -> Self {
+        self.nx_huge_pages = on;
         self
     }
 
@@ -225,6 +235,8 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
+                nx: NxHugePages::new(self.nx_huge_pages),
+                nx_cursor: CachePadded::new(Plain::new(0)),
                 max_leaf: self.max_leaf,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
                 unflushed: CachePadded::new(AtomicU64::new(0)),
@@ -247,6 +259,9 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) address_spaces: u8,
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
+    pub(crate) nx: NxHugePages,
+    /// Frame at which the next recovery of tables begins. Written by recoveries.
+    pub(crate) nx_cursor: CachePadded<Plain>,
     pub(crate) max_leaf: Level,
     /// First host frame that the processor cannot address.
     pub(crate) pfn_limit: Pfn,
@@ -346,6 +361,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             physical_bits: 46,
             ad_bits: AdBits::Processor,
             mmio_caching: true,
+            nx_huge_pages: false,
             max_leaf: Level::L3,
             garbage_bound: 4096,
             asymmetric_fences: false,
