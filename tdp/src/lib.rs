@@ -52,6 +52,7 @@ mod iter;
 mod layout;
 mod life;
 mod mmu;
+mod nx;
 #[cfg(feature = "std")]
 mod pool;
 mod prefault;
@@ -91,7 +92,9 @@ pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
-pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
+pub use range::{
+    Audit, ConvertError, Folded, Leaf, RemovalError, Removed, SplitReport, SplitStopped,
+};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};

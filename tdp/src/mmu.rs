@@ -5,6 +5,7 @@ use crate::confidential::{Confidential, Phase};
 use crate::dirty::{DirtyRing, DirtyRings, DirtyTracking};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
+use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
@@ -19,7 +20,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
-use tdp_rcu::sync::{AtomicU64, CachePadded};
+use tdp_rcu::sync::{AtomicU64, CachePadded, Plain};
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -81,6 +82,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     mmio_caching: bool,
     dirty_tracking: DirtyTracking,
     dirty_ring: u32,
+    nx_huge_pages: bool,
     max_leaf: Level,
     garbage_bound: usize,
     asymmetric_fences: bool,
@@ -140,6 +142,14 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// no rings, only bitmaps.
     pub fn dirty_ring(mut self, entries: u32) -> Self {
         self.dirty_ring = entries;
+        self
+    }
+
+    /// Whether large leaves are kept from being executable, against a guest that could stop the machine by changing
+    /// the size of a page while it fetches from it (erratum ITLB_MULTIHIT). The default is no; see
+    /// [`Mmu::set_nx_huge_pages`].
+    pub fn nx_huge_pages(mut self, on: bool) -> Self {
+        self.nx_huge_pages = on;
         self
     }
 
@@ -250,6 +260,8 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 mmio_caching: self.mmio_caching,
                 dirty_tracking: self.dirty_tracking,
                 rings: DirtyRings::new(self.dirty_ring),
+                nx: NxHugePages::new(self.nx_huge_pages),
+                nx_cursor: CachePadded::new(Plain::new(0)),
                 max_leaf: self.max_leaf,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
                 unflushed: CachePadded::new(AtomicU64::new(0)),
@@ -273,6 +285,9 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
     pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) nx: NxHugePages,
+    /// Frame at which the next recovery of tables begins. Written by recoveries.
+    pub(crate) nx_cursor: CachePadded<Plain>,
     pub(crate) max_leaf: Level,
     /// First host frame that the processor cannot address.
     pub(crate) pfn_limit: Pfn,
@@ -375,6 +390,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             mmio_caching: true,
             dirty_tracking: DirtyTracking::default(),
             dirty_ring: 0,
+            nx_huge_pages: false,
             max_leaf: Level::L3,
             garbage_bound: 4096,
             asymmetric_fences: false,

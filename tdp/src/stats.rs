@@ -27,6 +27,7 @@ stats! {
     Fixed, Spurious, Mmio, MemoryFault,
     RetryRaced, RetryFrozen, RetryInvalidation, RetrySlotChanging, RetryRootObsolete, RetryBacking,
     Splits, Collapses, Upgrades, Unlinked, Flushes, RootsMade, RootsInvalidated,
+    NxTables, NxRecovered,
     FrozenWaits, SentBack, Leaked,
     CallLink, CallInstall, CallBlock, CallFlush, CallUnblock, CallRemove, CallUnlink, CallSplit, CallMerge, CallReclaim,
     BusyLink, BusyInstall, BusyBlock, BusyFlush, BusyUnblock, BusyRemove, BusyUnlink, BusySplit, BusyMerge, BusyReclaim,
@@ -171,6 +172,8 @@ impl Shards {
             collapses: get(Stat::Collapses),
             upgrades: get(Stat::Upgrades),
             unlinked: get(Stat::Unlinked),
+            nx_tables: get(Stat::NxTables),
+            nx_recovered: get(Stat::NxRecovered),
             flushes: get(Stat::Flushes),
             roots_made: get(Stat::RootsMade),
             roots_invalidated: get(Stat::RootsInvalidated),
@@ -243,6 +246,10 @@ pub struct Stats {
     pub upgrades: u64,
     /// Tables unlinked.
     pub unlinked: u64,
+    /// Tables linked now that stand only because the guest fetched there while large leaves are kept from being executable.
+    pub nx_tables: u64,
+    /// Such tables that recovery took away.
+    pub nx_recovered: u64,
     /// Flushes asked of the host.
     pub flushes: u64,
     /// Root tables made.

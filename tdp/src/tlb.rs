@@ -78,6 +78,10 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
         self.leaves += 1;
     }
 
+    pub(crate) fn count_leaves(&mut self, leaves: u64) {
+        self.leaves += leaves;
+    }
+
     /// Whether there is nothing to flush.
     pub fn is_empty(&self) -> bool {
         self.request.is_none()

@@ -3,6 +3,7 @@
 
 mod age;
 mod audit;
+mod collapse;
 mod convert;
 pub(crate) mod leaves;
 mod private;
@@ -16,4 +17,5 @@ pub use audit::Audit;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
+pub use split::{SplitReport, SplitStopped};
 pub use visit::Leaf;
