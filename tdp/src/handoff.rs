@@ -12,8 +12,8 @@
 //! What a walk meets besides:
 //!
 //! * a *blocked* leaf or table: a removal that was begun and could not be finished. Whoever needs the entry takes the block
-//!   back, by a hand-off as well;
-//! * a larger leaf than the guest may have here: it is split, from outside the critical section.
+//!   back, by a hand-off as well, from outside the critical section because that takes a ticket;
+//! * a larger leaf than the guest may have here: it is split, from outside as well.
 
 use crate::entry::EntryRef;
 use crate::fault::{MemoryFault, Outcome, RetryReason};
@@ -51,6 +51,8 @@ pub(crate) enum Step {
     Wait(RetryReason),
     /// A larger leaf than the guest may have has to be split first.
     Split,
+    /// A removal that was not finished has left a block in the way, which has to be taken back first.
+    Unblock,
     /// The module said no. The tables are as they were.
     Failed(HandOffError),
 }
@@ -203,7 +205,7 @@ impl<F: Format, H: Host> Context<F, H> {
             };
         }
         if is_blocked::<F>(old) {
-            return self.take_block_back(entry, place, old);
+            return Next::Stop(Step::Unblock);
         }
         if F::is_leaf(old, level) {
             return Next::Stop(if level > request.at_most {
@@ -280,18 +282,6 @@ impl<F: Format, H: Host> Context<F, H> {
         let pfn = spare.keep();
         frozen.publish::<F>(F::table(pfn), &*self.shard);
         Next::Descend(pfn)
-    }
-
-    /// Takes the block of an entry back that a removal has left behind.
-    #[cold]
-    fn take_block_back(&self, entry: EntryRef<'_>, place: EntryPlace, old: Spte) -> Next {
-        let Ok(frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
-            return Next::Again;
-        };
-        match self.shared.unblock(frozen, &*self.shard) {
-            Ok(()) => Next::Again,
-            Err(cause) => self.failed(place, HandOffStep::Unblock, cause),
-        }
     }
 
     #[cold]

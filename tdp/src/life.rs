@@ -152,7 +152,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 gfn: step.gfn,
                 level: step.level,
             };
-            let spte = step.spte;
+            let spte = self.stands_for(&step, &root);
             let blocked_here = is_blocked::<F>(spte);
             let found = self.host.protected().inspect(place);
             let same = if F::is_leaf(spte, step.level) {

@@ -140,6 +140,17 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                     return Ok(outcome);
                 }
                 Step::Failed(error) => return Ok(self.core.ctx.refused(error)),
+                Step::Unblock => {
+                    let as_id = self.core.ctx.as_id;
+                    match self.core.ctx.shared.unblock_private(as_id, gfn) {
+                        // The way is free: nothing to wait for.
+                        Ok(()) => continue,
+                        Err(error) => match error.cause {
+                            HandOffCause::Busy => RetryReason::Frozen,
+                            _ => return Ok(self.core.ctx.refused(error)),
+                        },
+                    }
+                }
                 Step::Split => {
                     let as_id = self.core.ctx.as_id;
                     match self.core.ctx.shared.split_private(as_id, gfn, at_most) {
@@ -198,7 +209,8 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
                 Attempt::Step(Step::Done(outcome)) => outcome,
                 Attempt::Step(Step::Failed(error)) => core.ctx.refused(error),
                 Attempt::Step(Step::Wait(reason)) => core.ctx.retry(reason),
-                Attempt::Step(Step::Split) => core.ctx.retry(RetryReason::Raced),
+                // Both wait for a ticket, which a batch does not.
+                Attempt::Step(Step::Split | Step::Unblock) => core.ctx.retry(RetryReason::Frozen),
                 Attempt::Sleep(..) => core.ctx.retry(RetryReason::Backing),
             },
         )
@@ -269,7 +281,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 Some(outcome)
             }
             Step::Failed(error) => Some(self.ctx.refused(error)),
-            Step::Wait(_) | Step::Split => None,
+            Step::Wait(_) | Step::Split | Step::Unblock => None,
         }
     }
 

@@ -2,9 +2,10 @@
 
 use crate::rig::{Rig, SPACE, fixed, private};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use tdp::protected::tdx::{Call, Operand, Status};
 use tdp::protected::{HandOffCause, HandOffStep};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome};
+use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, RetryReason};
 
 /// Answers every `every`-th call of a kind as busy.
 fn busy(every: u64) -> impl FnMut(Call) -> Option<(Status, Operand)> + Send {
@@ -196,4 +197,42 @@ fn a_table_that_was_left_blocked_is_reclaimed_from_a_dead_guest() {
     let removed = rig.mmu.reclaim_private().unwrap();
     assert_eq!((removed.frames, removed.tables, removed.leaked), (0, 3, 0));
     assert_eq!(rig.module.violations(), []);
+}
+
+#[test]
+fn a_fault_waits_for_a_ticket_outside_its_critical_section() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    leave_blocked(&rig, Call::MemTrack);
+    // A vCPU in the guest that does not leave: no ticket drains.
+    let mut tlb = rig.mmu.host().tlb().vcpu();
+    let _ = tlb.enter();
+    let (settled, before) = (AtomicBool::new(false), rig.module_tracks());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert_eq!(vcpu.fault(private(3)), Ok(Outcome::Spurious));
+            settled.store(true, Ordering::Release);
+        });
+        while rig.module_tracks() == before {
+            std::thread::yield_now();
+        }
+        // Waits for every critical section, and would wait for ever for one that waits for the ticket.
+        drop(rig.mmu.invalidate_begin(SPACE, Gfn(9000)..Gfn(9001)));
+        assert!(!settled.load(Ordering::Acquire));
+        tlb.exit();
+    });
+    rig.check();
+}
+
+#[test]
+fn a_batch_waits_for_no_ticket() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    leave_blocked(&rig, Call::MemTrack);
+    let outcome = vcpu.batch().unwrap().fault(private(3));
+    assert_eq!(outcome, Ok(Outcome::Retry(RetryReason::Frozen)));
+    assert_eq!(vcpu.fault(private(3)), Ok(Outcome::Spurious));
+    rig.check();
 }

@@ -156,6 +156,11 @@ impl Rig {
         self.mmu.host().protected_table()
     }
 
+    /// Tickets that the module was asked for.
+    pub(crate) fn module_tracks(&self) -> u64 {
+        self.table().td().call_counts().of(Call::MemTrack).made
+    }
+
     pub(crate) fn vcpu(&self) -> Vcpu {
         self.mmu.vcpu().unwrap()
     }
