@@ -26,8 +26,12 @@ const CHUNK: u64 = 512;
 pub(super) struct Waits {
     /// For an entry that another had frozen.
     pub(super) frozen: u64,
-    /// For another to carry a removal.
+    /// Removals that another carried; each is among those that waited for a carrier.
     pub(super) carried: u64,
+    /// For another that carried, be it this removal or its own.
+    pub(super) carrier: u64,
+    /// For a ticket that another tended.
+    pub(super) tickets: u64,
     /// For the module.
     pub(super) busy: u64,
     /// Faults that were sent back.
@@ -36,7 +40,7 @@ pub(super) struct Waits {
 
 impl Waits {
     pub(super) fn sum(&self) -> u64 {
-        self.frozen + self.carried + self.busy + self.retried
+        self.frozen + self.carrier + self.tickets + self.busy + self.retried
     }
 }
 
@@ -180,6 +184,8 @@ fn quartet<B: Backend>(
     let waits = Waits {
         frozen: after.protected.frozen_waits - before.protected.frozen_waits,
         carried: after.protected.carried - before.protected.carried,
+        carrier: after.protected.carrier_waits - before.protected.carrier_waits,
+        tickets: after.protected.ticket_waits - before.protected.ticket_waits,
         busy: calls.all_busy(),
         retried: after.retries.iter().sum::<u64>() - before.retries.iter().sum::<u64>(),
     };

@@ -8,13 +8,15 @@
 //! Waiting here while entries are frozen is safe: the tender waits for vCPUs in the guest, which wait for nobody.
 
 use super::{Drained, Failure, HandOffCause, ProtectedTable, Ticket};
-use tdp_rcu::sync::{AtomicBool, AtomicU64, Ordering, Pause};
+use tdp_rcu::sync::{AtomicBool, AtomicU64, Ordering, Pause, Plain};
 
 #[derive(Debug)]
 pub(crate) struct Desk {
     begun: AtomicU64,
     drained: AtomicU64,
     tended: AtomicBool,
+    /// Times that a thread waited for a ticket which another tended.
+    waits: Plain,
 }
 
 impl Desk {
@@ -23,7 +25,13 @@ impl Desk {
             begun: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             tended: AtomicBool::new(false),
+            waits: Plain::new(0),
         }
+    }
+
+    /// Times so far that a thread had to wait for a ticket which another tended.
+    pub(crate) fn waits(&self) -> u64 {
+        self.waits.get()
     }
 
     /// Returns when a ticket that began after the call has drained. `persist` makes the calls that begin one.
@@ -36,6 +44,7 @@ impl Desk {
         // that it will wait for, whose tender's increment comes later in the same chain.
         let wanted = self.begun.fetch_add(0, Ordering::AcqRel) + 1;
         let mut pause = Pause::new();
+        let mut waited = false;
         loop {
             // Acquire: pairs with the Release of the tender.
             if self.drained.load(Ordering::Acquire) >= wanted {
@@ -47,6 +56,10 @@ impl Desk {
                 if self.drained.load(Ordering::Acquire) < wanted {
                     return tender.run(table, begin);
                 }
+            }
+            if !waited {
+                waited = true;
+                self.waits.add_shared(1);
             }
             pause.wait();
         }

@@ -310,6 +310,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         let confidential = self.confidential.as_deref();
         ProtectedStats {
             carried: confidential.map_or(0, |it| it.combiner.carried()),
+            carrier_waits: confidential.map_or(0, |it| it.combiner.waits()),
+            ticket_waits: confidential.map_or(0, |it| it.desk.waits()),
             ..stats.protected
         }
     }

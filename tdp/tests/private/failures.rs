@@ -223,6 +223,30 @@ fn a_fault_waits_for_a_ticket_outside_its_critical_section() {
         tlb.exit();
     });
     rig.check();
+    assert_eq!(rig.mmu.stats().protected.ticket_waits, 0);
+}
+
+#[test]
+fn who_waits_for_the_ticket_of_another_is_counted() {
+    let rig = Rig::running(Level::L1);
+    let [mut one, mut two] = [rig.vcpu(), rig.vcpu()];
+    for n in [3, 4] {
+        assert_eq!(one.fault(private(n)), fixed(Level::L1));
+    }
+    leave_blocked(&rig, Call::MemTrack);
+    // A vCPU in the guest that does not leave: no ticket drains.
+    let mut tlb = rig.mmu.host().tlb().vcpu();
+    let _ = tlb.enter();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(one.fault(private(3)), Ok(Outcome::Spurious)));
+        scope.spawn(|| assert_eq!(two.fault(private(4)), Ok(Outcome::Spurious)));
+        while rig.mmu.stats().protected.ticket_waits == 0 {
+            std::thread::yield_now();
+        }
+        tlb.exit();
+    });
+    assert_eq!(rig.mmu.stats().protected.ticket_waits, 1);
+    rig.check();
 }
 
 #[test]
