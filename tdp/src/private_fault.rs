@@ -267,15 +267,23 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup_private(slot, gfn) else {
             return None;
         };
-        if mapping.level.min(at_most) != Level::L1 && self.ctx.capabilities.leaf_levels != Level::L1
-        {
-            return None;
-        }
         if mapping.pfn >= self.ctx.shared.pfn_limit {
             return None;
         }
         let root = self.ctx.private_root.as_deref()?;
-        match self.ctx.install_private_4k(root, gfn, mapping.pfn)? {
+        let ctx = &self.ctx;
+        let mut goal = mapping.level.min(at_most).min(ctx.capabilities.leaf_levels);
+        if goal > Level::L1 {
+            // Nothing is under invalidation, and whatever comes to be waits for this section.
+            goal = ctx.aligned(gfn, mapping.pfn, slot.level_at(gfn, goal));
+            goal = ctx.uniform_level(gfn, goal);
+        }
+        let step = if goal == Level::L1 {
+            ctx.install_private_fast(root, gfn, mapping.pfn, Level::L1)?
+        } else {
+            ctx.install_private_fast(root, gfn, mapping.pfn, goal)?
+        };
+        match step {
             Step::Done(outcome) => {
                 self.ctx.count(outcome);
                 Some(outcome)
