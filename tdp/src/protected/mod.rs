@@ -298,22 +298,24 @@ pub trait ProtectedTable: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Failure`]; with [`Partial`](Failure::Partial) the first so many are installed, with any other none.
+    /// [`Failure`]; with [`Partial`](Failure::Partial) the first so many are installed, with any other none. It cannot be gone
+    /// on with: [`Incomplete`](Failure::Incomplete) is taken for [`Fatal`](Failure::Fatal).
     fn install_many(
         &self,
         entries: &[FrozenEntry<'_>],
         first: Pfn,
         content: Content,
     ) -> Result<(), Failure> {
-        for (n, entry) in entries.iter().enumerate() {
-            let step = n as u64 * entry.place().level.pages();
-            match self.install(entry, Pfn(first.0 + step), content) {
-                Ok(()) => {}
-                Err(failure) if n == 0 => return Err(failure),
-                Err(_) => return Err(Failure::Partial(n)),
-            }
+        // One of them, so that a panic has changed nothing.
+        let Some((entry, rest)) = entries.split_first() else {
+            return Ok(());
+        };
+        self.install(entry, first, content)?;
+        if rest.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Partial(1))
         }
-        Ok(())
     }
 
     /// Lets no new translation go through the entry, table or leaf. On an entry that is blocked already it does nothing.
