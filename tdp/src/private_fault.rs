@@ -91,6 +91,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             let fast = self.core.private_fast(&section, gfn, at_most);
             drop(section);
             if let Some(outcome) = fast {
+                self.core.sent_back.resolved(gfn);
                 return Ok(outcome);
             }
         }
@@ -136,7 +137,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             };
             let reason = match step {
                 Step::Done(outcome) => {
-                    self.core.note_resolved(gfn);
+                    self.core.sent_back.resolved(gfn);
                     return Ok(outcome);
                 }
                 Step::Failed(error) => return Ok(self.core.ctx.refused(error)),
@@ -172,8 +173,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 Origin::Guest => core.may_send_back(gfn),
                 Origin::Prefault | Origin::Image(..) => true,
             };
-            if pause.is_over() && may_end(&mut self.core) {
-                return Ok(self.core.ctx.retry(reason));
+            if pause.is_over() {
+                if may_end(&mut self.core) {
+                    return Ok(self.core.ctx.retry(reason));
+                }
+                // A module that is busy with vCPUs in the guest is waited for without end else.
+                self.core.ctx.shared.host.protected().kick();
+                pause = Pause::new();
             }
             pause.wait();
         }
@@ -398,9 +404,12 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
         while self.twins.len() < TWINS_PER_FAULT {
             let table = self.ctx.shared.host.protected();
-            match table.allocate_twins(self.twins.room(TWINS_TOP_UP)) {
+            let room = self.twins.room(TWINS_TOP_UP);
+            let most = room.len();
+            match table.allocate_twins(room) {
                 Ok(count) if count > 0 => {
-                    self.twins.grown(count);
+                    // No more than was asked for, whatever the host says: the rest of the room holds twins of before.
+                    self.twins.grown(count.min(most));
                 }
                 Ok(_) => return Err(OutOfFrames { limit: 0 }.into()),
                 Err(error) => return Err(error.into()),
@@ -411,19 +420,56 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 
     /// Whether the guest may be entered once more with its fault at `gfn` unresolved. Counts it.
     fn may_send_back(&mut self, gfn: Gfn) -> bool {
-        let (last, times) = self.sent_back;
-        let times = if last == gfn { times } else { 0 };
-        if times >= MAX_SENT_BACK {
-            return false;
+        let may = self.sent_back.may(gfn);
+        self.ctx.shard.add(Stat::SentBack, i64::from(may));
+        may
+    }
+}
+
+/// Private frames whose faults were last sent back to the guest unresolved, and how often since they were last resolved.
+/// One instruction can touch several pages, and a module counts by instruction: it is no help that the guest comes back for
+/// another address in between.
+#[derive(Debug, Default)]
+pub(crate) struct SentBack {
+    frames: [Option<(Gfn, u32)>; SentBack::FRAMES],
+    /// Forgotten next.
+    next: usize,
+    /// Whether there may be any.
+    any: bool,
+}
+
+impl SentBack {
+    /// Pages that one instruction can touch: its own, its source and its destination, each across a boundary; and to spare.
+    const FRAMES: usize = 8;
+
+    fn may(&mut self, gfn: Gfn) -> bool {
+        if let Some((_, times)) = self.frames.iter_mut().flatten().find(|it| it.0 == gfn) {
+            let may = *times < MAX_SENT_BACK;
+            *times += u32::from(may);
+            return may;
         }
-        self.sent_back = (gfn, times + 1);
-        self.ctx.shard.add(Stat::SentBack, 1);
+        self.any = true;
+        let free = self.frames.iter().position(Option::is_none);
+        let at = free.unwrap_or(self.next);
+        self.frames[at] = Some((gfn, 1));
+        self.next = (at + 1) % Self::FRAMES;
         true
     }
 
-    fn note_resolved(&mut self, gfn: Gfn) {
-        if self.sent_back.0 == gfn {
-            self.sent_back.1 = 0;
+    #[inline(always)]
+    fn resolved(&mut self, gfn: Gfn) {
+        if self.any {
+            self.forget(gfn);
         }
+    }
+
+    #[cold]
+    fn forget(&mut self, gfn: Gfn) {
+        for frame in &mut self.frames {
+            if frame.is_some_and(|it| it.0 == gfn) {
+                *frame = None;
+            }
+        }
+        self.any = self.frames.iter().any(Option::is_some);
     }
 }

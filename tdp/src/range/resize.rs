@@ -313,7 +313,10 @@ impl<'a, F: Format, H: Host> NewTable<'a, F, H> {
         needs_twin: bool,
     ) -> Option<Self> {
         let mut frame = [Pfn(0)];
-        shared.host.frames().allocate(&mut frame).ok()?;
+        let count = shared.host.frames().allocate(&mut frame).ok()?;
+        if count == 0 {
+            return None;
+        }
         let mut new = Self {
             shared,
             table: frame[0],
@@ -323,7 +326,10 @@ impl<'a, F: Format, H: Host> NewTable<'a, F, H> {
         shared.meta.set_state(new.table, TableState::Spare);
         if needs_twin {
             let mut twin = [Pfn(0)];
-            shared.host.protected().allocate_twins(&mut twin).ok()?;
+            let count = shared.host.protected().allocate_twins(&mut twin).ok()?;
+            if count == 0 {
+                return None;
+            }
             new.twin = Some(twin[0]);
         }
         shared.meta.link(
