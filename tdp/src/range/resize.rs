@@ -141,7 +141,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         else {
             return Ok(folded);
         };
-        let limit = confidential.leaf_limit();
+        let limit = confidential.leaf_limit().min(self.max_leaf);
         if !confidential.capabilities.merge || limit < Level::L2 {
             return Ok(folded);
         }

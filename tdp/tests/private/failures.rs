@@ -260,3 +260,38 @@ fn a_batch_waits_for_no_ticket() {
     assert_eq!(vcpu.fault(private(3)), Ok(Outcome::Spurious));
     rig.check();
 }
+
+#[test]
+fn a_panic_in_the_removal_of_a_slot_leaves_the_slot() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let [id] = rig
+        .mmu
+        .slots()
+        .list(SPACE)
+        .iter()
+        .map(|slot| slot.id())
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("one slot");
+    };
+    rig.script.panic_in(Call::MemPageRemove);
+    let removed = catch_unwind(AssertUnwindSafe(|| rig.mmu.slots().remove(SPACE, id)));
+    assert!(removed.is_err());
+    rig.script.clear();
+    // Its memory is mapped as before, or anew.
+    for n in 0..5 {
+        let outcome = vcpu.fault(private(n)).unwrap();
+        assert!(
+            matches!(outcome, Outcome::Spurious | Outcome::Fixed { .. }),
+            "{outcome:?}"
+        );
+    }
+    rig.check();
+    rig.mmu.slots().remove(SPACE, id).unwrap();
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    rig.check();
+}
