@@ -20,6 +20,8 @@ use tdp_arch::Level;
 const RANGE: u64 = 4096;
 /// Frames that are converted or removed at a time.
 const CHUNK: u64 = 512;
+/// Chunks that the one converts to and fro, and the other removes.
+const TURNS: u64 = 128;
 
 /// Times that one had to wait for another, or was told to try again.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
@@ -128,7 +130,7 @@ fn quartet<B: Backend>(
         let converter = scope.spawn(move || {
             line.wait();
             let mut turns = 0;
-            while !over.load(Ordering::Relaxed) || turns == 0 {
+            while turns < TURNS {
                 let chunk = chunk_of(range(0), turns);
                 converter
                     .prefault(chunk, Visibility::Private)
@@ -143,7 +145,7 @@ fn quartet<B: Backend>(
         let remover = scope.spawn(move || {
             line.wait();
             let mut turns = 0;
-            while !over.load(Ordering::Relaxed) || turns == 0 {
+            while turns < TURNS {
                 let chunk = chunk_of(range(1), turns);
                 remover
                     .prefault(chunk, Visibility::Private)
@@ -157,11 +159,15 @@ fn quartet<B: Backend>(
             scope.spawn(move || {
                 line.wait();
                 let mut faults = 0;
-                for gfn in (range(n).start.0..range(n).end.0).map(Gfn) {
+                // Once through, it finds everything mapped, and goes on.
+                for gfn in (range(n).start.0..range(n).end.0).map(Gfn).cycle() {
+                    if over.load(Ordering::Relaxed) && faults >= RANGE {
+                        break;
+                    }
                     loop {
                         faults += 1;
                         match vcpu.fault(private_write(gfn)) {
-                            Ok(Outcome::Fixed { .. }) => break,
+                            Ok(Outcome::Fixed { .. } | Outcome::Spurious) => break,
                             Ok(Outcome::Retry(_)) => {}
                             other => return Err(failed(&format!("{gfn}: {other:?}"))),
                         }
@@ -170,9 +176,9 @@ fn quartet<B: Backend>(
                 Ok::<u64, Error>(faults)
             })
         });
-        let faults: Vec<_> = faulters.into_iter().map(join).collect();
-        over.store(true, Ordering::Relaxed);
         let (conversions, removals) = (join(converter), join(remover));
+        over.store(true, Ordering::Relaxed);
+        let faults: Vec<_> = faulters.into_iter().map(join).collect();
         let faults = faults.into_iter().sum::<Result<u64, Error>>()?;
         Ok::<_, Error>((faults, conversions?, removals?))
     })?;
