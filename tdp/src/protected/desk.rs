@@ -3,7 +3,8 @@
 //! Protocol. Tickets are numbered. Whoever has blocked something takes the number of the *next* ticket to begin, because
 //! the running one may have begun before the block. Then it either finds that ticket drained, or tends the desk itself:
 //! begins the next ticket and polls it to the end. So any number of threads that block at the same time wait for two
-//! tickets at most, and the module never sees a second ticket while one is out.
+//! tickets at most, and the module never sees a second ticket while one is out. A module that can have several out at a time
+//! needs no desk: each thread begins its own and waits for nobody else.
 //!
 //! Waiting here while entries are frozen is safe: the tender waits for vCPUs in the guest, which wait for nobody.
 
@@ -66,6 +67,30 @@ impl Desk {
     }
 }
 
+/// Polls a ticket to the end. Vcpus that do not leave the guest are kicked now and then.
+fn poll<P: ProtectedTable>(table: &P, mut ticket: Ticket) -> Drained {
+    let mut pause = Pause::new();
+    loop {
+        match table.flush_poll(ticket) {
+            Ok(drained) => return drained,
+            Err(again) => ticket = again,
+        }
+        pause.wait();
+        if pause.is_over() {
+            table.kick();
+            pause = Pause::new();
+        }
+    }
+}
+
+/// A ticket of one's own, past the desk.
+pub(crate) fn drain_alone<P: ProtectedTable>(
+    table: &P,
+    begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
+) -> Result<Drained, HandOffCause> {
+    begin(&|| table.flush_begin()).map(|ticket| poll(table, ticket))
+}
+
 /// Tends the desk; leaves it when dropped, by unwinding too.
 struct Tender<'a>(&'a Desk);
 
@@ -76,19 +101,7 @@ impl Tender<'_> {
         begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
     ) -> Result<Drained, HandOffCause> {
         let number = self.0.begun.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut ticket = begin(&|| table.flush_begin())?;
-        let mut pause = Pause::new();
-        let drained = loop {
-            match table.flush_poll(ticket) {
-                Ok(drained) => break drained,
-                Err(again) => ticket = again,
-            }
-            pause.wait();
-            if pause.is_over() {
-                table.kick();
-                pause = Pause::new();
-            }
-        };
+        let drained = drain_alone(table, begin)?;
         self.0.drained.store(number, Ordering::Release);
         Ok(drained)
     }

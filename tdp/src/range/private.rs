@@ -25,6 +25,7 @@ use crate::iter::TdpIter;
 use crate::mmu::Shared;
 use crate::protected::{
     Caller, Drained, HandOffCause, HandOffError, HandOffStep, Patience, ProtectedTable, Removal,
+    drain_alone,
 };
 use crate::reclaim::Retired;
 use crate::root::Root;
@@ -123,6 +124,9 @@ impl<F: Format, H: Host> Shared<F, H> {
             return Ok(Drained::internal());
         }
         let caller = self.sweep_caller(patience);
+        if confidential.capabilities.parallel_tickets {
+            return drain_alone(self.host.protected(), |begin| caller.begin(begin));
+        }
         confidential
             .desk
             .drain(self.host.protected(), |begin| caller.begin(begin))

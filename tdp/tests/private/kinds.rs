@@ -28,6 +28,10 @@ struct State {
     /// Tokens that `resume` was called with.
     resumed: Vec<u64>,
     donated: u32,
+    /// Tickets begun.
+    tickets: u64,
+    /// The ticket that does not drain.
+    held: Option<u64>,
     kicks: u32,
     calls: Vec<HandOffStep>,
     twins: u64,
@@ -126,7 +130,17 @@ impl ProtectedTable for Scripted {
 
     fn flush_begin(&self) -> Result<Ticket, Failure> {
         self.answer(HandOffStep::Flush)?;
-        Ok(Ticket::new(1))
+        let mut state = self.state.lock().unwrap();
+        state.tickets += 1;
+        Ok(Ticket::new(state.tickets))
+    }
+
+    fn flush_poll(&self, ticket: Ticket) -> Result<Drained, Ticket> {
+        if self.state.lock().unwrap().held == Some(ticket.number()) {
+            Err(ticket)
+        } else {
+            Ok(ticket.drained())
+        }
     }
 
     fn remove(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
@@ -568,4 +582,31 @@ fn a_module_that_cannot_finish_a_call_on_neighbours_gives_the_guest_up() {
         assert_eq!(mmu.phase(), Some(Phase::Lost));
         check(&mmu);
     }
+}
+
+#[test]
+fn threads_wait_for_no_other_ticket_where_the_module_can_do_with_many() {
+    let mmu = guest(
+        Capabilities::none()
+            .needs_link()
+            .needs_block()
+            .parallel_tickets(),
+    );
+    for n in [3, 4] {
+        assert_eq!(touch(&mmu, n), FIXED);
+    }
+    let state = || mmu.host().protected_table().state.lock().unwrap();
+    state().held = Some(1);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap());
+        while state().tickets == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(mmu.zap_private(SPACE, Gfn(4)..Gfn(5)).unwrap().frames, 1);
+        assert!(!first.is_finished());
+        state().held = None;
+        assert_eq!(first.join().unwrap().frames, 1);
+    });
+    assert_eq!(mmu.stats().protected.ticket_waits, 0);
+    check(&mmu);
 }
