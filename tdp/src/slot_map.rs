@@ -91,6 +91,23 @@ pub struct Slots<'a, F: Format, H: Host> {
     shared: &'a Shared<F, H>,
 }
 
+/// A slot whose faults are told to wait. Dropped, on failure or by a panic of the host or of the hook, it is as it was: the
+/// guest has some of its private memory still, so it stays.
+struct Changing<'s, 'a, F: Format, H: Host> {
+    slots: &'s Slots<'a, F, H>,
+    as_id: AddressSpaceId,
+    id: SlotId,
+}
+
+impl<F: Format, H: Host> Drop for Changing<'_, '_, F, H> {
+    fn drop(&mut self) {
+        // The writer's lock is held since the slot was found: it is there.
+        let _ = self
+            .slots
+            .change(self.as_id, self.id, |slot| Some(slot.changing(false)));
+    }
+}
+
 impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
         Self { shared }
@@ -226,15 +243,19 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             now.by_id(as_id, id)?.gfns()
         };
         self.change(as_id, id, |slot| Some(slot.changing(true)))?;
+        let changing = Changing {
+            slots: self,
+            as_id,
+            id,
+        };
         // INV: no-stale-install: the fence inside pairs with the one at the start of every critical section. A fault
         // that is not waited for began later and sees the slot changing.
         self.shared.domain.synchronize_sections();
         self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
-        if let Err(error) = self.shared.remove_private(as_id, gfns) {
-            // The guest has some of it still, so the slot stays.
-            self.change(as_id, id, |slot| Some(slot.changing(false)))?;
-            return Err(SlotError::Private(error));
-        }
+        self.shared
+            .remove_private(as_id, gfns)
+            .map_err(SlotError::Private)?;
+        core::mem::forget(changing);
         self.change(as_id, id, |slot| change(slot.changing(false)))
     }
 

@@ -184,6 +184,8 @@ impl Shards {
                 frozen_waits: get(Stat::FrozenWaits),
                 sent_back: get(Stat::SentBack),
                 carried: 0,
+                carrier_waits: 0,
+                ticket_waits: 0,
                 leaked: get(Stat::Leaked),
             },
         }
@@ -204,6 +206,10 @@ pub struct ProtectedStats {
     pub sent_back: u64,
     /// Removals that were carried by another thread than the one that asked.
     pub carried: u64,
+    /// Removals that had to wait because another thread was carrying; those that it carried are among them.
+    pub carrier_waits: u64,
+    /// Times that a thread waited for a ticket which another thread tended. A wait for one's own ticket is for the guest.
+    pub ticket_waits: u64,
     /// Frames of 4 KiB, pages and twins of tables, that the module did not give back and the host must never use again.
     pub leaked: u64,
 }

@@ -9,6 +9,7 @@ use crate::dirty::DirtyRing;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
+use crate::private_fault::SentBack;
 use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
 use crate::root::{LoadedRoot, Root};
@@ -42,8 +43,8 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
     pub(crate) cache: TableCache,
     /// Pages to be given to the module as twins of tables.
     pub(crate) twins: TableCache,
-    /// The private fault that was last sent back to the guest unresolved, and how often in a row.
-    pub(crate) sent_back: (Gfn, u32),
+    /// The private faults that were last sent back to the guest unresolved.
+    pub(crate) sent_back: SentBack,
 }
 
 /// What a fault reads and does not change: where it works, and for whom.
@@ -108,7 +109,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             hint: SlotHint::none(),
             cache: TableCache::new(),
             twins: TableCache::new(),
-            sent_back: (Gfn(u64::MAX), 0),
+            sent_back: SentBack::default(),
         };
         Ok(Self { reader, core })
     }
@@ -427,7 +428,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     fn allocate(&mut self) -> Result<(), OutOfFrames> {
         let shared = &*self.ctx.shared;
         let frames = shared.host.frames();
-        let count = frames.allocate(self.cache.room(TOP_UP))?;
+        let room = self.cache.room(TOP_UP);
+        let most = room.len();
+        // No more than was asked for, whatever the host says: the rest of the room holds tables of before.
+        let count = frames.allocate(room)?.min(most);
         for &pfn in self.cache.grown(count) {
             shared.meta.set_state(pfn, TableState::Spare);
             table::page(frames, pfn).fill(|_| F::EMPTY);

@@ -3,6 +3,7 @@
 
 mod age;
 mod audit;
+mod blocked;
 mod collapse;
 mod convert;
 pub(crate) mod leaves;
@@ -14,6 +15,7 @@ mod visit;
 pub(crate) mod zap;
 
 pub use audit::Audit;
+pub(crate) use blocked::Withheld;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
