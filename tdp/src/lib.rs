@@ -67,6 +67,7 @@ mod slots;
 mod software;
 mod stats;
 mod table;
+mod teardown;
 mod tlb;
 mod vcpu;
 
@@ -84,7 +85,7 @@ pub use host::{
 };
 pub use invalidate::Invalidation;
 pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
-pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
+pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
@@ -100,5 +101,6 @@ pub use tdp_arch::{
     Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
     MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,
 };
+pub use teardown::{RootTeardown, SlotRemoval};
 pub use tlb::{Flushed, PendingFlush, TlbTracker, TlbVcpu};
 pub use vcpu::{Batch, Vcpu};

@@ -7,6 +7,7 @@ use crate::mmu::Shared;
 use crate::range_zap::ZapScope;
 use crate::reclaim::Retired;
 use crate::slots::{Slot, SlotError, SlotFlags, SlotId, Snapshot};
+use crate::teardown::{RootTeardown, SlotRemoval};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -88,11 +89,11 @@ impl<B> Drop for SlotMap<B> {
 
 /// The memory slots of an MMU.
 pub struct Slots<'a, F: Format, H: Host> {
-    shared: &'a Shared<F, H>,
+    shared: &'a Arc<Shared<F, H>>,
 }
 
 impl<'a, F: Format, H: Host> Slots<'a, F, H> {
-    pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
+    pub(crate) fn new(shared: &'a Arc<Shared<F, H>>) -> Self {
         Self { shared }
     }
 
@@ -157,8 +158,25 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError::NoSuchSlot`].
     pub fn remove(&self, as_id: AddressSpaceId, id: SlotId) -> Result<(), SlotError> {
+        self.remove_lazily(as_id, id).map(RootTeardown::finish)
+    }
+
+    /// Removes a slot and leaves the obsolete roots, if that is how slots are removed
+    /// ([`MmuBuilder::slot_removal`](crate::MmuBuilder::slot_removal)), to be taken down later. When this returns no vCPU
+    /// can reach the slot's backing, taken down or not.
+    ///
+    /// Waits as [`remove`](Slots::remove) does.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::NoSuchSlot`].
+    pub fn remove_lazily(
+        &self,
+        as_id: AddressSpaceId,
+        id: SlotId,
+    ) -> Result<RootTeardown<F, H>, SlotError> {
         let writer = self.shared.slots.writer.lock();
-        self.replace(&writer, as_id, id, |_| None)
+        self.replace(&writer, as_id, id, self.shared.slot_removal, |_| None)
     }
 
     /// Moves a slot to other guest frames. What it mapped is taken away; faults map it anew.
@@ -169,8 +187,12 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError`]; nothing changed.
     pub fn move_to(&self, as_id: AddressSpaceId, id: SlotId, start: Gfn) -> Result<(), SlotError> {
-        let writer = self.shared.slots.writer.lock();
-        self.replace(&writer, as_id, id, |slot| Some(slot.moved_to(start)))
+        let moved = {
+            let writer = self.shared.slots.writer.lock();
+            let how = self.shared.slot_removal;
+            self.replace(&writer, as_id, id, how, |slot| Some(slot.moved_to(start)))
+        };
+        moved.map(RootTeardown::finish)
     }
 
     /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
@@ -191,7 +213,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         // Held from here on: another change of the flags must not come between the question and its answer.
         let writer = self.shared.slots.writer.lock();
         if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
-            self.replace(&writer, as_id, id, |slot| Some(slot.with_flags(flags)))
+            let change = |slot: Slot<H::Backing>| Some(slot.with_flags(flags));
+            self.replace(&writer, as_id, id, SlotRemoval::Zap, change)
+                .map(RootTeardown::finish)
         } else {
             self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
         }
@@ -203,8 +227,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         _writer: &MutexGuard<'_, ()>,
         as_id: AddressSpaceId,
         id: SlotId,
+        how: SlotRemoval,
         change: impl Fn(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
-    ) -> Result<(), SlotError> {
+    ) -> Result<RootTeardown<F, H>, SlotError> {
         let limit = self.limit();
         // Refused before anything is published, so that the tables stay as they are.
         let gfns = {
@@ -217,13 +242,20 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         // INV: no-stale-install: the fence inside pairs with the one at the start of every critical section. A fault
         // that is not waited for began later and sees the slot changing.
         self.shared.domain.synchronize_sections();
-        self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
+        let teardown = match how {
+            SlotRemoval::Zap => RootTeardown::nothing(self.shared),
+            SlotRemoval::InvalidateRoots => RootTeardown::begin(self.shared).and_reload(),
+        };
+        if !teardown.is_left_by_all() {
+            self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
+        }
         if let Err(error) = self.shared.remove_private(as_id, gfns) {
             // The guest has some of it still, so the slot stays.
             self.change(as_id, id, |slot| Some(slot.changing(false)))?;
             return Err(SlotError::Private(error));
         }
-        self.change(as_id, id, |slot| change(slot.changing(false)))
+        self.change(as_id, id, |slot| change(slot.changing(false)))?;
+        Ok(teardown)
     }
 
     /// The slot that holds `gfn`.

@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use tdp::{
     Access, AdBits, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
-    Outcome, Perms, Pfn, PoolConfig, Spte, TableMemory, TlbVcpu, Vcpu,
+    Outcome, Perms, Pfn, PoolConfig, SlotRemoval, Spte, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::{PhysicalMemory, ReadOnly, WalkError, Walker};
@@ -51,6 +51,7 @@ pub(crate) struct RigSetup {
     pub(crate) mmio_caching: bool,
     pub(crate) max_leaf: Level,
     pub(crate) garbage_bound: usize,
+    pub(crate) slot_removal: SlotRemoval,
 }
 
 impl Default for RigSetup {
@@ -62,6 +63,7 @@ impl Default for RigSetup {
             mmio_caching: true,
             max_leaf: Level::L3,
             garbage_bound: 4096,
+            slot_removal: SlotRemoval::default(),
         }
     }
 }
@@ -82,6 +84,7 @@ impl<F: Processor> Rig<F> {
             .mmio_caching(setup.mmio_caching)
             .max_leaf(setup.max_leaf)
             .garbage_bound(setup.garbage_bound)
+            .slot_removal(setup.slot_removal)
             .build()
             .expect("a possible set-up");
         Self {
