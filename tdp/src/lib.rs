@@ -50,6 +50,7 @@ mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
 mod life;
+mod mmio;
 mod mmu;
 #[cfg(feature = "std")]
 mod pool;

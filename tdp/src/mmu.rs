@@ -79,6 +79,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     max_leaf: Level,
     garbage_bound: usize,
     slot_removal: SlotRemoval,
+    slot_generation: u64,
     asymmetric_fences: bool,
     private_half: Option<Routing>,
     default_visibility: Visibility,
@@ -142,6 +143,13 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// How removing or moving a memory slot takes away what it maps. The default is to zap its range.
     pub fn slot_removal(mut self, how: SlotRemoval) -> Self {
         self.slot_removal = how;
+        self
+    }
+
+    /// Generation of the memory slots before their first change, for tests of what comes round. The default is 0.
+    #[doc(hidden)]
+    pub fn slot_generation(mut self, generation: u64) -> Self {
+        self.slot_generation = generation;
         self
     }
 
@@ -229,7 +237,7 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         });
         Ok(Mmu {
             shared: Arc::new(Shared {
-                slots: SlotMap::new(),
+                slots: SlotMap::new(self.slot_generation),
                 invalidations: Invalidations::new(),
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
@@ -375,6 +383,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             max_leaf: Level::L3,
             garbage_bound: 4096,
             slot_removal: SlotRemoval::default(),
+            slot_generation: 0,
             asymmetric_fences: false,
             private_half: None,
             default_visibility: Visibility::Shared,

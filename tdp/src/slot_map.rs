@@ -28,10 +28,13 @@ pub(crate) struct SlotMap<B> {
 #[allow(unsafe_code)]
 // UNSAFETY: snapshots are read by RCU through a raw pointer.
 impl<B: Clone> SlotMap<B> {
-    pub(crate) fn new() -> Self {
+    /// An empty map, with the generation that the first change follows.
+    pub(crate) fn new(generation: u64) -> Self {
+        let mut empty = Snapshot::empty();
+        empty.generation = generation;
         Self {
-            version: AtomicU64::new(0),
-            current: AtomicPtr::new(Box::into_raw(Box::new(Snapshot::empty()))),
+            version: AtomicU64::new(generation),
+            current: AtomicPtr::new(Box::into_raw(Box::new(empty))),
             writer: CachePadded::new(Mutex::new(())),
         }
     }
@@ -118,7 +121,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             let visit = self.shared.domain.visit();
             next(self.shared.slots.visited(&visit))?
         };
+        let generation = snapshot.generation;
         let replaced = self.shared.slots.publish(snapshot);
+        self.shared.age_mmio_entries(generation);
         self.shared.domain.retire(
             Retired::Slots {
                 _snapshot: replaced,

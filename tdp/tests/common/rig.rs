@@ -52,6 +52,7 @@ pub(crate) struct RigSetup {
     pub(crate) max_leaf: Level,
     pub(crate) garbage_bound: usize,
     pub(crate) slot_removal: SlotRemoval,
+    pub(crate) slot_generation: u64,
 }
 
 impl Default for RigSetup {
@@ -64,6 +65,7 @@ impl Default for RigSetup {
             max_leaf: Level::L3,
             garbage_bound: 4096,
             slot_removal: SlotRemoval::default(),
+            slot_generation: 0,
         }
     }
 }
@@ -85,6 +87,7 @@ impl<F: Processor> Rig<F> {
             .max_leaf(setup.max_leaf)
             .garbage_bound(setup.garbage_bound)
             .slot_removal(setup.slot_removal)
+            .slot_generation(setup.slot_generation)
             .build()
             .expect("a possible set-up");
         Self {

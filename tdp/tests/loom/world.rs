@@ -364,6 +364,17 @@ impl World {
         Self::bounded(host, 1)
     }
 
+    /// A world without slots whose next change of slots begins an age of MMIO entries. Nothing is freed before the end.
+    pub(crate) fn before_an_age() -> Self {
+        let host = TestHost::new();
+        let frames = host.frames.clone();
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .slot_generation((1 << 18) - 1);
+        let mmu = builder.garbage_bound(1 << 20).build().unwrap();
+        Self { mmu, frames }
+    }
+
     fn bounded(host: TestHost, garbage: usize) -> Self {
         let frames = host.frames.clone();
         let slot_removal = match host.reloads {
