@@ -12,7 +12,7 @@
 //!   stands there for a fetch ([`nx`]), when the leaf goes one level down.
 
 use crate::entry::{self, EntryRef, TABLE_ENTRIES};
-use crate::fault::{Fault, Outcome, RetryReason};
+use crate::fault::{Outcome, RetryReason};
 use crate::host::Host;
 use crate::nx;
 use crate::range_zap::seal_subtree;
@@ -65,7 +65,7 @@ impl Request {
     }
 }
 
-enum Next {
+pub(crate) enum Next {
     /// To the table below.
     Descend(Pfn),
     /// Look at the same entry again.
@@ -92,7 +92,11 @@ impl<F: Format, H: Host> Context<F, H> {
     }
 
     /// Walks from the root and lets `step` decide at each entry, for a bounded number of steps.
-    fn walk(&self, gfn: Gfn, mut step: impl FnMut(EntryRef<'_>, Level, Spte) -> Next) -> Outcome {
+    pub(crate) fn walk(
+        &self,
+        gfn: Gfn,
+        mut step: impl FnMut(EntryRef<'_>, Level, Spte) -> Next,
+    ) -> Outcome {
         let root = &*self.root;
         let mut page = root.page();
         let mut level = root.level;
@@ -177,7 +181,7 @@ impl<F: Format, H: Host> Context<F, H> {
     }
 
     /// Links an empty table by the entry that `to` makes of its frame.
-    fn link(
+    pub(crate) fn link(
         &self,
         cache: &mut TableCache,
         entry: EntryRef<'_>,
@@ -297,46 +301,6 @@ impl<F: Format, H: Host> Context<F, H> {
         pending.flush();
         self.shard.add(Stat::Collapses, 1);
         Next::Done(Outcome::Fixed { level })
-    }
-
-    /// Remembers that there is no memory at the fault's frame, so that the next access exits at once. `generation` is
-    /// that of the slots which were searched, not the newest: memory added meanwhile makes the entry old from the start.
-    #[cold]
-    pub(crate) fn mmio(&self, cache: &mut TableCache, fault: Fault, generation: u64) -> Outcome {
-        let gfn = fault.gpa.gfn();
-        let mmio = Outcome::Mmio { read_only: false };
-        let Some(spte) = self
-            .shared
-            .mmio_caching
-            .then(|| F::mmio(gfn, generation, self.shared.physical_bits))
-            .flatten()
-        else {
-            self.shard.add(Stat::Mmio, 1);
-            return mmio;
-        };
-        let outcome = self.walk(gfn, |entry, level, old| {
-            if old == spte {
-                return Next::Done(mmio);
-            }
-            if F::is_leaf(old, level) {
-                // Mapped by hand where there is no slot: nothing to remember.
-                return Next::Done(mmio);
-            }
-            if F::is_mmu_present(old) {
-                return Next::Descend(F::pfn(old));
-            }
-            if level > Level::L1 {
-                return self.link(cache, entry, level, old, gfn, F::table);
-            }
-            match entry::exchange::<F>(entry, level, old, spte, &*self.shard) {
-                Ok(()) => Next::Done(mmio),
-                Err(_) => Next::Again,
-            }
-        });
-        if outcome == mmio {
-            self.shard.add(Stat::Mmio, 1);
-        }
-        outcome
     }
 }
 

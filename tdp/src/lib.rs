@@ -51,6 +51,7 @@ mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
 mod life;
+mod mmio;
 mod mmu;
 mod nx;
 #[cfg(feature = "std")]
@@ -69,6 +70,7 @@ mod slots;
 mod software;
 mod stats;
 mod table;
+mod teardown;
 mod tlb;
 mod vcpu;
 
@@ -87,7 +89,7 @@ pub use host::{
 };
 pub use invalidate::Invalidation;
 pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
-pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
+pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
@@ -105,5 +107,6 @@ pub use tdp_arch::{
     Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
     MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,
 };
+pub use teardown::{RootTeardown, SlotRemoval};
 pub use tlb::{Flushed, PendingFlush, TlbTracker, TlbVcpu};
 pub use vcpu::{Batch, Vcpu};

@@ -20,11 +20,12 @@
 use crate::entry;
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
-use crate::mmu::{Mmu, RootTeardown, Shared};
+use crate::mmu::{Mmu, Shared};
 use crate::range_zap::seal_subtree;
 use crate::root::Root;
 use crate::slots::SlotFlags;
 use crate::stats::{Stat, Tally};
+use crate::teardown::RootTeardown;
 use crate::tlb::PendingFlush;
 use tdp_arch::{Format, Gfn, GfnRange, LeafAttrs, Level, Perms, Pfn, Spte};
 use tdp_rcu::sync::{AtomicBool, Ordering};

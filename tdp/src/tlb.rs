@@ -82,6 +82,11 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
         self.leaves += leaves;
     }
 
+    /// Nothing needs to be flushed: what went away is below a root that no vCPU runs on or will run on.
+    pub(crate) fn is_below_no_vcpu(&mut self) {
+        self.request = None;
+    }
+
     /// Whether there is nothing to flush.
     pub fn is_empty(&self) -> bool {
         self.request.is_none()

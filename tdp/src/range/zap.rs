@@ -43,7 +43,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         pending
     }
 
-    fn zap_in_root(
+    pub(crate) fn zap_in_root(
         &self,
         root: &Root<H>,
         range: GfnRange,
