@@ -91,7 +91,9 @@ pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError};
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
-pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
+pub use range::{
+    Absorb, Audit, ConvertError, Folded, Leaf, Progress, RemovalError, Removed, Steps,
+};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};

@@ -9,6 +9,7 @@ mod private;
 mod protect;
 mod resize;
 mod split;
+mod steps;
 mod visit;
 pub(crate) mod zap;
 
@@ -16,4 +17,5 @@ pub use audit::Audit;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
+pub use steps::{Absorb, Progress, Steps};
 pub use visit::Leaf;

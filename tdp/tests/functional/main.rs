@@ -43,4 +43,5 @@ mod permissions;
 mod protect;
 mod roots;
 mod slots;
+mod steps;
 mod zap;
