@@ -8,8 +8,8 @@ use std::sync::{Arc, OnceLock};
 use tdp::protected::Unprotected;
 use tdp::{
     Access, AdBits, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking,
-    LoadedRoot, Lookup, Mapping, MmapPool, Mmu, MmuBuilder, OutOfFrames, Outcome, Perms, PoolConfig, ProtectedTable, Slot,
-    SoftwareHost, TableMemory, TlbTracker, Vcpu,
+    LoadedRoot, Lookup, Mapping, MmapPool, Mmu, MmuBuilder, OutOfFrames, Outcome, Perms,
+    PoolConfig, ProtectedTable, Slot, SoftwareHost, TableMemory, TlbTracker, Vcpu,
 };
 use tdp_arch::walker::{
     ConfigError, EptConfig, EptFault, EptWalker, GuestAccess, NptConfig, NptFault, NptWalker,
@@ -274,9 +274,7 @@ impl<F: Walked, O: Operation> Ours<F, O> {
             .levels(setup.root)
             .physical_bits(PHYSICAL_BITS)
             .ad_bits(ad_bits);
-        let mmu = configure(builder)
-            .build()
-            .map_err(|e| failed(e.into()))?;
+        let mmu = configure(builder).build().map_err(|e| failed(e.into()))?;
         let Backing { gfns, pfn, level } = setup.backing;
         mmu.slots()
             .insert(Slot::new(gfns, LinearBacking::new(pfn, level)))

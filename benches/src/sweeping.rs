@@ -5,14 +5,13 @@
 //! once, here, and serves the baselines as their work, the floor as the least that the work can be, and everybody as the
 //! question that is asked afterwards: is there a leaf left to which it would still do something?
 
-use crate::ours::{Operation, Ours, OurFailure, RETRIES, Walked};
+use crate::ours::{Operation, OurFailure, Ours, RETRIES, Walked};
 use crate::race::Contender;
 use crate::report::Error;
 use std::fmt::Debug;
 use std::hint;
 use tdp::{
-    AddressSpaceId, Fault, FaultError, Level, OutOfFrames, Outcome, SlotFlags, SlotId,
-    TableMemory,
+    AddressSpaceId, Fault, FaultError, Level, OutOfFrames, Outcome, SlotFlags, SlotId, TableMemory,
 };
 use tdp_arch::walker::{GuestAccess, Translation, WalkError, Walker};
 use tdp_arch::{Access, Format, Gfn, GfnRange, Gpa, Spte};
@@ -27,8 +26,12 @@ pub const SLOT: SlotId = SlotId(0);
 pub enum Sweep {
     /// Takes write permission away until the next write.
     WriteProtect,
-    /// Clears dirty bits.
+    /// Clears dirty bits, all of a range, as switching a log on does.
     ClearDirty,
+    /// Takes write permission away from what masks of 64 frames name, as clearing a log does.
+    ProtectMasks,
+    /// Clears the dirty bits of what masks of 64 frames name.
+    ClearMasks,
     /// Clears accessed bits.
     Age,
     /// Takes permissions away and keeps them, where the processor keeps no accessed bits.
@@ -47,8 +50,8 @@ pub trait Kind: Copy + Default + Debug + Send + Sync + 'static {
     fn change<F: Format>(spte: Spte) -> Option<Spte> {
         let without = |bit: u64| (spte.0 & bit != 0).then_some(Spte(spte.0 & !bit));
         match Self::SWEEP {
-            Sweep::WriteProtect => without(F::WRITABLE),
-            Sweep::ClearDirty => without(F::DIRTY),
+            Sweep::WriteProtect | Sweep::ProtectMasks => without(F::WRITABLE),
+            Sweep::ClearDirty | Sweep::ClearMasks => without(F::DIRTY),
             Sweep::Age => without(F::ACCESSED),
             Sweep::Track => (!F::perms(spte).is_empty()).then(|| F::access_track(spte)),
             Sweep::Zap => (spte != F::EMPTY).then_some(F::EMPTY),
@@ -70,12 +73,29 @@ macro_rules! kinds {
     };
 }
 
-kinds!(WriteProtect, ClearDirty, Age, Track, Zap);
+kinds!(
+    WriteProtect,
+    ClearDirty,
+    ProtectMasks,
+    ClearMasks,
+    Age,
+    Track,
+    Zap
+);
 
 /// A contender whose memory can be swept while faults on it go on.
 pub trait Sweeping: Contender {
     /// Its entries.
     type Format: Walked;
+
+    /// Has ready what a sweep of `gfns` presupposes of them, before they are mapped for it.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn prepare<K: Kind>(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Sweeps `gfns`, mapped by leaves of level 1 where they are mapped at all, and flushes what has to be flushed.
     ///
@@ -125,6 +145,23 @@ pub const fn guest_access(access: Access) -> GuestAccess {
 impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
     type Format = F;
 
+    fn prepare<K: Kind>(&self) -> Result<(), Error> {
+        let flags = match K::SWEEP {
+            Sweep::ProtectMasks | Sweep::ClearMasks => SlotFlags::LOG_DIRTY | SlotFlags::LOG_MANUAL,
+            _ => SlotFlags::empty(),
+        };
+        let slots = self.mmu().slots();
+        if slots
+            .by_id(SPACE, SLOT)
+            .is_some_and(|slot| slot.flags() != flags)
+        {
+            slots
+                .set_flags(SPACE, SLOT, flags)
+                .map_err(|e| Error::run("tdp", e))?;
+        }
+        Ok(())
+    }
+
     fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error> {
         let mmu = self.mmu();
         match K::SWEEP {
@@ -134,6 +171,17 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                 .slots()
                 .set_flags(SPACE, SLOT, SlotFlags::LOG_DIRTY)
                 .map_err(|e| Error::run("tdp", e))?,
+            Sweep::ProtectMasks | Sweep::ClearMasks => {
+                let log = mmu
+                    .dirty_log(SPACE, SLOT)
+                    .map_err(|e| Error::run("tdp", e))?;
+                let masks = vec![u64::MAX; log.words()];
+                drop(
+                    log.clear(0, &masks)
+                        .map_err(|e| Error::run("tdp", e))?
+                        .flush(),
+                );
+            }
             Sweep::Age | Sweep::Track => drop(mmu.age(SPACE, gfns)),
             Sweep::Zap => drop(mmu.zap_leaves(SPACE, gfns).flush()),
         }

@@ -167,12 +167,7 @@ macro_rules! swept_by_processor {
         }
 
         #[inline]
-        fn fault(
-            &self,
-            worker: &mut Self::Worker,
-            gfn: Gfn,
-            _access: Access,
-        ) -> Result<(), Stuck> {
+        fn fault(&self, worker: &mut Self::Worker, gfn: Gfn, _access: Access) -> Result<(), Stuck> {
             self.resolve(worker, gfn)
         }
     };
