@@ -51,7 +51,9 @@ mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
 mod life;
+mod mmio;
 mod mmu;
+mod nx;
 #[cfg(feature = "std")]
 mod pool;
 mod prefault;
@@ -68,6 +70,7 @@ mod slots;
 mod software;
 mod stats;
 mod table;
+mod teardown;
 mod tlb;
 mod vcpu;
 
@@ -86,12 +89,14 @@ pub use host::{
 };
 pub use invalidate::Invalidation;
 pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
-pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
+pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
-pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
+pub use range::{
+    Audit, ConvertError, Folded, Leaf, RemovalError, Removed, SplitReport, SplitStopped,
+};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};
@@ -102,5 +107,6 @@ pub use tdp_arch::{
     Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
     MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,
 };
+pub use teardown::{RootTeardown, SlotRemoval};
 pub use tlb::{Flushed, PendingFlush, TlbTracker, TlbVcpu};
 pub use vcpu::{Batch, Vcpu};

@@ -17,6 +17,7 @@ use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
 use crate::invalidate::Ranges;
+use crate::nx;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::table;
@@ -92,6 +93,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
             self.ctx.map_at(gfn, mapping, Level::L1, access, prefetch)
+        } else if self.ctx.shared.nx.is_on() {
+            Fast::GaveUp
         } else {
             let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
             self.ctx.map_at(gfn, mapping, goal, access, prefetch)
@@ -239,13 +242,19 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         while goal > Level::L1 && self.ctx.is_among(invalidated, gfn, goal) {
             goal = goal.below_or_leaf();
         }
+        let withholds = self.ctx.shared.nx.is_on();
+        let wanted = goal;
+        if withholds && (fault.access.is_execute() || !nx::leaves_something(perms)) {
+            goal = Level::L1;
+        }
         let mut attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
         attrs.dirty &= !clean;
-        let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
         let request = Request {
             gfn,
             goal,
-            pfn,
+            wanted,
+            withholds,
+            frame: mapping.pfn,
             attrs,
             access: fault.access,
             prefetch: fault.prefetch,

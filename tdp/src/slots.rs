@@ -8,7 +8,9 @@
 //!
 //! Removing a slot: publish it as *changing* (faults on it answer `Retry`), wait until every fault that began before
 //! has left its critical section, zap its leaves and flush, publish a snapshot without it. So no leaf of a removed slot
-//! outlives the call, and none is installed after (INV: no-stale-install). Each published change of the map moves the
+//! outlives the call, and none is installed after (INV: no-stale-install). In place of the zap all roots can be made
+//! obsolete and all vCPUs told to load their root anew (`teardown.rs`): then no leaf of a removed slot outlives the call
+//! in a tree that a vCPU may still run on. Each published change of the map moves the
 //! generation, which makes MMIO entries made under an older one stale.
 
 use crate::dirty::DirtyBitmap;

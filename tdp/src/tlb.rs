@@ -78,6 +78,15 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
         self.leaves += 1;
     }
 
+    pub(crate) fn count_leaves(&mut self, leaves: u64) {
+        self.leaves += leaves;
+    }
+
+    /// Nothing needs to be flushed: what went away is below a root that no vCPU runs on or will run on.
+    pub(crate) fn is_below_no_vcpu(&mut self) {
+        self.request = None;
+    }
+
     /// Whether there is nothing to flush.
     pub fn is_empty(&self) -> bool {
         self.request.is_none()

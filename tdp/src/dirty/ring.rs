@@ -17,8 +17,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_rcu::sync::{AtomicU64, CachePadded, Mutex, Ordering};
 
-/// Entries kept back for what one exit may push: the processor's own log of 512 pages, and some.
-const RESERVE: u64 = 512 + 64;
+/// Entries kept back for what one exit may push: the processor's own log of 512 pages, and some. A model checker's rings are
+/// as small as its tables.
+const RESERVE: u64 = if cfg!(loom) { 1 } else { 512 + 64 };
 
 /// A page in a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -51,7 +52,7 @@ pub struct DirtyRing {
 
 impl DirtyRing {
     /// Least number of entries.
-    pub(crate) const LEAST: u32 = 1024;
+    pub(crate) const LEAST: u32 = if cfg!(loom) { 4 } else { 1024 };
 
     pub(crate) fn new(entries: u32) -> Self {
         let entry = |_| Entry {

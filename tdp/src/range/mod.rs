@@ -3,6 +3,8 @@
 
 mod age;
 mod audit;
+mod blocked;
+mod collapse;
 mod convert;
 pub(crate) mod leaves;
 mod private;
@@ -13,7 +15,9 @@ mod visit;
 pub(crate) mod zap;
 
 pub use audit::Audit;
+pub(crate) use blocked::Withheld;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
+pub use split::{SplitReport, SplitStopped};
 pub use visit::Leaf;

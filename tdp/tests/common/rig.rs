@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use tdp::{
     Access, AdBits, DirtyTracking, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu,
-    MmuBuilder, Outcome, Perms, Pfn, PoolConfig, Spte, TableMemory, TlbVcpu, Vcpu,
+    MmuBuilder, Outcome, Perms, Pfn, PoolConfig, SlotRemoval, Spte, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::{PhysicalMemory, ReadOnly, WalkError, Walker};
@@ -53,6 +53,8 @@ pub(crate) struct RigSetup {
     pub(crate) garbage_bound: usize,
     pub(crate) dirty_tracking: DirtyTracking,
     pub(crate) dirty_ring: u32,
+    pub(crate) slot_removal: SlotRemoval,
+    pub(crate) slot_generation: u64,
 }
 
 impl Default for RigSetup {
@@ -66,6 +68,8 @@ impl Default for RigSetup {
             garbage_bound: 4096,
             dirty_tracking: DirtyTracking::default(),
             dirty_ring: 0,
+            slot_removal: SlotRemoval::default(),
+            slot_generation: 0,
         }
     }
 }
@@ -88,6 +92,8 @@ impl<F: Processor> Rig<F> {
             .garbage_bound(setup.garbage_bound)
             .dirty_tracking(setup.dirty_tracking)
             .dirty_ring(setup.dirty_ring)
+            .slot_removal(setup.slot_removal)
+            .slot_generation(setup.slot_generation)
             .build()
             .expect("a possible set-up");
         Self {

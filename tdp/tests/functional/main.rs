@@ -31,6 +31,7 @@ macro_rules! both_formats {
 
 mod accessed;
 mod age;
+mod collapse;
 mod dirty;
 mod dump;
 mod errors;
@@ -39,9 +40,11 @@ mod hostile;
 mod invalidation;
 mod levels;
 mod mmio;
+mod nx;
 mod overtaken;
 mod permissions;
 mod protect;
 mod roots;
 mod slots;
+mod split;
 mod zap;

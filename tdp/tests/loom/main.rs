@@ -13,6 +13,7 @@
 #![cfg(loom)]
 
 mod conversion;
+mod dirty;
 mod faults;
 mod handoff;
 mod invalidation;
