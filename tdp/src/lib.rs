@@ -89,7 +89,7 @@ pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
-pub use range::{Audit, ConvertError, Folded, Leaf, RemovalError, Removed};
+pub use range::{Audit, ConvertError, Entry, Folded, Leaf, RemovalError, Removed};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};

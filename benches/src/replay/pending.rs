@@ -5,6 +5,7 @@
 //! interleave, so what others do to the same frame meanwhile is remembered: it explains a fault that was overtaken.
 
 use super::expect::Space;
+use super::rules::Rule;
 use super::spte::Leaf;
 use super::step::{Answer, Code, Fault, NotYet, Recorded};
 
@@ -40,6 +41,7 @@ pub(super) enum End {
 pub(super) enum Conclusion {
     Compare(Answer, Recorded),
     NotYet(NotYet),
+    Outside(Rule),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +57,8 @@ pub(super) struct Pending {
     pub requested: Option<Requested>,
     /// Another thread changed an entry on the way to the frame, or took frames back.
     pub overtaken: bool,
+    /// It split this large leaf; what it did below has yet to show.
+    pub split: Option<Leaf>,
     /// Its effect was seen.
     pub concluded: bool,
 }
@@ -115,18 +119,11 @@ impl Pending {
         after: Option<Leaf>,
         nx_huge_pages: bool,
     ) -> Option<NotYet> {
-        if self.guest != Guest::Ordinary {
-            return Some(NotYet::Nested);
-        }
         for leaf in [before, after].into_iter().flatten() {
-            if self.code.is_write() && !leaf.is_writable() && leaf.is_host_writable() {
-                return Some(if leaf.is_mmu_writable() {
-                    NotYet::DirtyLogging
-                } else {
-                    NotYet::Nested
-                });
+            if self.code.is_write() && !leaf.is_writable() && leaf.is_mmu_writable() {
+                return Some(NotYet::DirtyLogging);
             }
-            if self.code.is_fetch() && !leaf.is_executable() {
+            if !leaf.is_executable() {
                 return Some(NotYet::NxHugePages);
             }
         }
@@ -145,6 +142,9 @@ impl Pending {
         mmio: bool,
         nx_huge_pages: bool,
     ) -> Conclusion {
+        if self.guest != Guest::Ordinary {
+            return Conclusion::Outside(Rule::NestedGuest);
+        }
         if let Some(reason) = self.not_yet(before, after, nx_huge_pages) {
             return Conclusion::NotYet(reason);
         }
@@ -186,8 +186,20 @@ impl Pending {
         read_only: bool,
         nx_huge_pages: bool,
     ) -> Conclusion {
+        if self.guest != Guest::Ordinary {
+            return Conclusion::Outside(Rule::NestedGuest);
+        }
         if let Some(reason) = self.not_yet(leaf, leaf, nx_huge_pages) {
             return Conclusion::NotYet(reason);
+        }
+        if let Some(leaf) = leaf.filter(|leaf| self.code.is_write() && leaf.is_tracked()) {
+            let pfn = leaf.pfn() + (self.gfn() - leaf.gfn);
+            let answer = Answer::Mapped {
+                pfn,
+                level: leaf.level,
+                writable: false,
+            };
+            return Conclusion::Compare(answer, Recorded::Tracked);
         }
         let passes = leaf.is_some_and(|leaf| self.ahead || self.code.passes(&leaf));
         let (answer, recorded) = match self.requested {
@@ -259,6 +271,7 @@ mod tests {
             ahead: false,
             requested: None,
             overtaken: false,
+            split: None,
             concluded: false,
         }
     }
@@ -327,7 +340,14 @@ mod tests {
         );
         assert_eq!(
             end(&fault, Some(TRACKED)),
-            Conclusion::NotYet(NotYet::Nested)
+            Conclusion::Compare(
+                Answer::Mapped {
+                    pfn: 7,
+                    level: 1,
+                    writable: false
+                },
+                Recorded::Tracked
+            )
         );
         let fetch = Pending {
             code: Code(1 << 32 | 0x15),
@@ -357,7 +377,7 @@ mod tests {
             guest: Guest::Shadow,
             ..write(false)
         };
-        assert_eq!(end(&shadow, None), Conclusion::NotYet(NotYet::Nested));
+        assert_eq!(end(&shadow, None), Conclusion::Outside(Rule::NestedGuest));
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! What a replay does with the library, step by step: what [`Story`](super::story::Story) makes of a trace, and what
 //! [`Driver`](super::driver::Driver) executes and checks.
 
+use super::entry::Transition;
 use super::expect::Contradiction;
+use super::ledger::{Class, Episode, Key};
+use super::rules::Rule;
 use super::scenario::Region;
 use super::spte::Leaf;
 use super::trace::SpaceRange;
@@ -136,6 +139,8 @@ pub enum Recorded {
     Mmio,
     /// There was no page; user space was told.
     Failed,
+    /// A write to a page whose writes are tracked: it was emulated.
+    Tracked,
 }
 
 /// A fault to resolve.
@@ -165,22 +170,18 @@ pub struct Fault {
 pub enum NotYet {
     /// Write protection for the dirty log, its repair, and splits because of it.
     DirtyLogging,
-    /// Accessed bits read and cleared.
-    Aging,
     /// Huge pages that may not be executed.
     NxHugePages,
-    /// Nested guests: write tracking of their tables, shadow pages.
-    Nested,
     /// Huge pages put together again in place.
     Collapse,
     /// Huge pages split ahead of need.
     EagerSplit,
     /// Entries removed for a reason that the trace does not tell: recovery of huge pages, mostly.
     Recovery,
-    /// A root given up for a new one of the same address space.
-    RootChange,
     /// Another change that no fault made.
     OtherSweep,
+    /// Copied from the record together with something that could not be compared.
+    Copied,
 }
 
 /// An operation on the whole MMU, for the count.
@@ -201,6 +202,12 @@ pub enum Operation {
     InvalidateRoots,
     /// A page was mapped ahead of the guest.
     PreFault,
+    /// A root was given up for a new one of the same address space.
+    RootChange,
+    /// The host asked for accessed bits.
+    Age,
+    /// Writes to a frame are tracked from now on.
+    TrackWrites,
     /// The VM went away.
     Teardown,
     /// Something that a later sweep does.
@@ -243,6 +250,8 @@ pub enum Step {
         seq: u64,
         /// How.
         change: SlotChange,
+        /// All roots become obsolete with it.
+        roots: bool,
     },
     /// All roots become obsolete.
     InvalidateRoots,
@@ -260,6 +269,24 @@ pub enum Step {
         reason: NotYet,
         /// Not a fault of a guest, but memory mapped ahead.
         ahead: bool,
+    },
+    /// A fault that is no business of the library's.
+    OutsideFault(Rule),
+    /// The root of an address space is given up for a new one.
+    GiveUpRoot(u8),
+    /// The host asks for the accessed bits of these frames.
+    Age {
+        /// Where.
+        ranges: Vec<SpaceRange>,
+        /// They are cleared.
+        clears: bool,
+    },
+    /// Writes to a frame are tracked from now on: none passes without asking the host.
+    TrackWrites {
+        /// Address space.
+        as_id: u8,
+        /// The frame, or any of a large page.
+        gfn: u64,
     },
     /// An operation that cannot be compared yet.
     NotYetOperation(NotYet),
@@ -286,6 +313,21 @@ pub enum Step {
         /// With the address space of each.
         leaves: Vec<(u8, Leaf)>,
     },
+    /// KVM changed an entry.
+    Recorded {
+        /// Position in the trace.
+        seq: u64,
+        /// Which.
+        key: Key,
+        /// How.
+        transition: Transition,
+    },
+    /// KVM changed an entry for which a rule has an explanation from the start.
+    Explained(Rule),
+    /// What follows belongs to this episode.
+    By(Episode),
+    /// An episode is over.
+    Settle(Episode, Class),
     /// The trace contradicts itself.
     Contradiction {
         /// Position in the trace.

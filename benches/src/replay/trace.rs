@@ -158,8 +158,13 @@ pub enum Event {
     ZapAllFast,
     /// The host took these frames back.
     Unmap(Vec<SpaceRange>),
-    /// The host asked for accessed bits (and cleared them, or not).
-    Age,
+    /// The host asked for the accessed bits of these frames.
+    Age {
+        /// Where.
+        ranges: Vec<SpaceRange>,
+        /// It cleared them.
+        clears: bool,
+    },
     /// A vCPU enters or leaves system-management mode.
     Smm {
         /// Number of the vCPU.

@@ -16,4 +16,4 @@ pub use audit::Audit;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
-pub use visit::Leaf;
+pub use visit::{Entry, Leaf};

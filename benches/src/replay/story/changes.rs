@@ -1,11 +1,14 @@
 //! Changed entries: whose doing each was.
 
 use super::{Story, Thread};
+use crate::replay::entry::{Entry, Transition};
 use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
+use crate::replay::ledger::Key;
 use crate::replay::pending::{Conclusion, Guest};
+use crate::replay::rules::Rule;
 use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::NotYet;
+use crate::replay::step::{NotYet, Step};
 use crate::replay::trace::{Change, SpaceRange};
 
 impl Story {
@@ -33,6 +36,7 @@ impl Story {
                 return;
             }
         };
+        self.record(t, change, place);
         let Place::Live(space) = place else { return };
         self.stamps.note(as_id, start, end, t, self.seq);
         self.overtake(t, |fault| fault.lies_in(as_id, start, end));
@@ -89,7 +93,13 @@ impl Story {
             return;
         }
         match covers {
+            Some(fault) if !fault.concluded && (from, to) == (Kind::Leaf, Kind::Table) => {
+                if let Some(fault) = &mut self.thread(t).fault {
+                    fault.split = fault.split.or(before);
+                }
+            }
             Some(fault) if !fault.concluded => {
+                let before = fault.split.or(before);
                 let after = self.expected.leaf_at(fault.space, fault.gfn());
                 let mmio = self.expected.is_mmio(fault.space, fault.gfn());
                 let conclusion = fault.effect(before, after, mmio, self.expected.nx_huge_pages);
@@ -100,12 +110,80 @@ impl Story {
             }
             // A second change of the same fault, below a split.
             Some(_) => self.sync_visible(change),
+            None if tracks_writes(change, from, to) => {
+                let gfn = change.gfn;
+                self.steps.push(Step::TrackWrites { as_id, gfn });
+            }
+            // Part of what the host asked for.
+            None if self.thread(t).age.is_some() && ages(change, from, to) => {}
             None => {
                 let reason = sweep(change, from, to);
-                self.thread(t).sweeps.insert(reason);
+                self.sweeps(t, reason);
                 self.sync_visible(change);
             }
         }
+    }
+
+    /// Enters a change into the books, with what follows from it that KVM does not record.
+    pub(super) fn record(&mut self, t: u32, change: &Change, place: Place) {
+        self.by(t);
+        let detached = match place {
+            Place::Live(space) if space.is_nested() => {
+                return self.steps.push(Step::Explained(Rule::NestedGuest));
+            }
+            Place::Live(_) => false,
+            Place::Detached => true,
+            Place::GivenUp => {
+                return self.steps.push(Step::Explained(Rule::OneRootPerSpace));
+            }
+            Place::Nowhere { unlinked: true } => {
+                return self.steps.push(Step::Explained(Rule::EmptyEntrySealed));
+            }
+            Place::Nowhere { unlinked: false } => {
+                return self.steps.push(Step::Explained(Rule::FrozenIsTransient));
+            }
+        };
+        let Change {
+            as_id,
+            level,
+            gfn,
+            old,
+            new,
+        } = *change;
+        let transition = Transition {
+            from: Entry::recorded(old, level),
+            to: Entry::recorded(new, level),
+        };
+        self.enter(as_id, gfn, level, detached, transition);
+        if let (Entry::Leaf(_), Entry::Table) = (transition.from, transition.to) {
+            let huge = Leaf {
+                gfn,
+                level,
+                spte: old,
+            };
+            for index in 0..512 {
+                let child = huge.child(index, self.expected.nx_huge_pages);
+                let made = Transition {
+                    from: Entry::Gone,
+                    to: Entry::recorded(child.spte, child.level),
+                };
+                self.enter(as_id, child.gfn, child.level, false, made);
+            }
+        }
+    }
+
+    fn enter(&mut self, as_id: u8, gfn: u64, level: u8, detached: bool, transition: Transition) {
+        let key = Key {
+            detached,
+            as_id,
+            gfn,
+            level,
+        };
+        self.steps.push(Step::Recorded {
+            seq: self.seq,
+            key,
+            transition,
+        });
     }
 
     /// Copies a change, unless it is only about what the processor sets.
@@ -131,7 +209,7 @@ impl Story {
                 .unmap
                 .take_if(|unmap| unmap.ranges.iter().any(overlaps))
             {
-                self.execute_unmap(&mut unmap);
+                self.execute_unmap(t, &mut unmap);
                 if unmap.owed.is_empty() {
                     self.verify_unmap(unmap);
                 } else {
@@ -170,6 +248,27 @@ impl Story {
     }
 }
 
+/// Whether all that happened to a leaf is that it is not writable any more before the host is asked.
+fn tracks_writes(change: &Change, from: Kind, to: Kind) -> bool {
+    let leaf = |spte| Leaf {
+        gfn: change.gfn,
+        level: change.level,
+        spte,
+    };
+    let (old, new) = (leaf(change.old), leaf(change.new));
+    (from, to) == (Kind::Leaf, Kind::Leaf)
+        && old.is_mmu_writable()
+        && !new.is_mmu_writable()
+        && new.is_host_writable()
+}
+
+/// Whether all that happened to a leaf is that it is not accessed any more.
+fn ages(change: &Change, from: Kind, to: Kind) -> bool {
+    (from, to) == (Kind::Leaf, Kind::Leaf)
+        && change.old & !change.new == spte::ACCESSED
+        && change.new & !change.old == 0
+}
+
 /// What kind of sweep makes such a change without a fault.
 fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
     let leaf = |spte| Leaf {
@@ -181,9 +280,7 @@ fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
         (Kind::Leaf, Kind::Table) => NotYet::EagerSplit,
         (Kind::Table, Kind::Leaf) => NotYet::Collapse,
         (Kind::Leaf, Kind::Leaf) => match (leaf(change.old), leaf(change.new)) {
-            (old, new) if old.is_mmu_writable() && !new.is_mmu_writable() => NotYet::Nested,
             (old, new) if old.is_writable() != new.is_writable() => NotYet::DirtyLogging,
-            _ if change.old ^ change.new == 0x20 => NotYet::Aging,
             _ => NotYet::OtherSweep,
         },
         _ => NotYet::OtherSweep,

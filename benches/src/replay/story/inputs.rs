@@ -3,7 +3,7 @@
 use super::{OpenOp, Story, Unmap};
 use crate::replay::expect::Space;
 use crate::replay::pending::Pending;
-use crate::replay::scenario::{Op, Region};
+use crate::replay::scenario::Op;
 use crate::replay::step::{NotYet, Operation, SlotChange, Step};
 use crate::replay::trace::SpaceRange;
 use std::collections::BTreeSet;
@@ -25,7 +25,7 @@ impl Story {
                 let old = self.slots.get(&(region.as_id, region.slot)).copied();
                 match old {
                     None if region.pages == 0 => {}
-                    None => self.slot(SlotChange::Insert(region)),
+                    None => self.slot(t, SlotChange::Insert(region)),
                     // KVM removes first and shows the new place last; what lies between shows when it begins.
                     Some(old) if region.pages == 0 => {
                         (open.slot, open.region) = (Some(SlotChange::Remove(old)), Some(old));
@@ -35,16 +35,16 @@ impl Story {
                     }
                     Some(old) if old != region => {
                         if old.log_dirty != region.log_dirty {
-                            self.thread(t).sweeps.insert(NotYet::DirtyLogging);
+                            self.sweeps(t, NotYet::DirtyLogging);
                         }
-                        self.slot(SlotChange::Flags(region));
+                        self.slot(t, SlotChange::Flags(region));
                     }
                     Some(_) => {}
                 }
             }
             Op::PreFault { vcpu } => self.thread(t).vcpu = Some(vcpu),
             Op::DirtyLog => {
-                self.thread(t).sweeps.insert(NotYet::DirtyLogging);
+                self.sweeps(t, NotYet::DirtyLogging);
             }
             Op::NxHugePages(on) => self.expected.nx_huge_pages = on,
             Op::Other => {}
@@ -65,7 +65,11 @@ impl Story {
         self.compare();
     }
 
-    pub(super) fn slot(&mut self, change: SlotChange) {
+    fn slot(&mut self, t: u32, change: SlotChange) {
+        self.slot_by(t, change, false);
+    }
+
+    fn slot_by(&mut self, t: u32, change: SlotChange, roots: bool) {
         match change {
             SlotChange::Insert(region) | SlotChange::Move(region) | SlotChange::Flags(region) => {
                 self.slots.insert((region.as_id, region.slot), region);
@@ -75,17 +79,22 @@ impl Story {
             }
         }
         let seq = self.seq;
-        self.steps.push(Step::Slot { seq, change });
+        self.by(t);
+        self.steps.push(Step::Slot { seq, change, roots });
     }
 
-    /// The deletion or move that `t` is in the middle of shows now. Returns the slot's place before it, if there is one.
-    pub(super) fn begin_slot_change(&mut self, t: u32) -> Option<Region> {
-        let op = self.thread(t).op.as_mut()?;
-        let (change, region) = (op.slot.take(), op.region);
+    /// The deletion or move that `t` is in the middle of shows now.
+    pub(super) fn begin_slot_change(&mut self, t: u32) {
+        self.begin_slot_change_by(t, false);
+    }
+
+    /// The same, with all roots becoming obsolete or not. Returns whether there was such a change.
+    fn begin_slot_change_by(&mut self, t: u32, roots: bool) -> bool {
+        let change = self.thread(t).op.as_mut().and_then(|op| op.slot.take());
         if let Some(change) = change {
-            self.slot(change);
+            self.slot_by(t, change, roots);
         }
-        region
+        change.is_some()
     }
 
     /// `t` made a root table, where there may be one already: for a nested guest, or to use in its place.
@@ -96,12 +105,15 @@ impl Story {
     }
 
     pub(super) fn zap_all(&mut self, t: u32) {
-        self.begin_slot_change(t);
+        let slot = self.begin_slot_change_by(t, true);
         self.expected.detach_all(t);
         self.stamps.note_all(t, self.seq);
         self.overtake(t, |_| true);
         self.changed_since_compare = true;
-        self.steps.push(Step::InvalidateRoots);
+        if !slot {
+            self.by(t);
+            self.steps.push(Step::InvalidateRoots);
+        }
         let everything = |as_id| SpaceRange {
             as_id,
             start: 0,
@@ -137,16 +149,17 @@ impl Story {
             executed: false,
         };
         if unmap.owed.is_empty() {
-            self.execute_unmap(&mut unmap);
+            self.execute_unmap(t, &mut unmap);
             self.verify_unmap(unmap);
         } else {
             self.thread(t).unmap = Some(unmap);
         }
     }
 
-    pub(super) fn execute_unmap(&mut self, unmap: &mut Unmap) {
+    pub(super) fn execute_unmap(&mut self, t: u32, unmap: &mut Unmap) {
         if !unmap.executed {
             unmap.executed = true;
+            self.by(t);
             self.steps.push(Step::Invalidate(unmap.ranges.clone()));
         }
     }
