@@ -18,6 +18,7 @@
 //! Nothing here ever stores to a live entry without comparing: the processor may set accessed and dirty bits between
 //! any two instructions.
 
+use crate::nx;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Level, Spte};
 use tdp_rcu::sync::{Atomic, Backoff, Ordering};
@@ -187,6 +188,7 @@ pub(crate) fn exchange<F: Format>(
         .0
         .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
     account::<F>(level, old, new, tally);
+    nx::account::<F>(level, old, new, tally);
     Ok(())
 }
 

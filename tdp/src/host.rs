@@ -161,4 +161,16 @@ pub trait Host: Send + Sync + 'static {
     /// cached before the call. May be called from a vCPU thread inside [`Vcpu::fault`](crate::Vcpu::fault): such a vCPU
     /// is not in the guest and flushes before it enters again.
     fn flush(&self, request: &FlushRequest);
+
+    /// Roots have become obsolete. Makes every vCPU leave the guest, returns `true` once each has, and sees to it that none
+    /// enters again under an obsolete root: a vCPU loads its root ([`Vcpu::load_root`](crate::Vcpu::load_root)), flushes all that it
+    /// has cached if that is another one, says that it is inside, looks at
+    /// [`Vcpu::is_root_obsolete`](crate::Vcpu::is_root_obsolete), and turns back if so. With a
+    /// [`TlbTracker`](crate::TlbTracker): `tracker.track(kick); true` here, and the look right after
+    /// [`TlbVcpu::enter`](crate::TlbVcpu::enter).
+    ///
+    /// `false`, the default, promises nothing: what obsolete roots map is then zapped and flushed where it matters.
+    fn reload_roots(&self) -> bool {
+        false
+    }
 }

@@ -38,6 +38,7 @@ extern crate std;
 
 mod attributes;
 mod confidential;
+mod dirty;
 mod dump;
 mod entry;
 mod fault;
@@ -50,7 +51,9 @@ mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
 mod life;
+mod mmio;
 mod mmu;
+mod nx;
 #[cfg(feature = "std")]
 mod pool;
 mod prefault;
@@ -67,6 +70,7 @@ mod slots;
 mod software;
 mod stats;
 mod table;
+mod teardown;
 mod tlb;
 mod vcpu;
 
@@ -74,6 +78,7 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+pub use dirty::{DirtyLog, DirtyLogError, DirtyPage, DirtyRing, DirtyTracking};
 pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
@@ -84,12 +89,15 @@ pub use host::{
 };
 pub use invalidate::Invalidation;
 pub use life::{AccessInfo, FoldError, ImageError, PrivateImage, ProtectedAudit};
-pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError, RootTeardown};
+pub use mmu::{BuildError, Mmu, MmuBuilder, MmuError};
 #[cfg(feature = "std")]
 pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
-pub use range::{Audit, ConvertError, Entry, Folded, Leaf, RemovalError, Removed};
+pub use range::{
+    Absorb, Audit, ConvertError, Entry, Folded, Leaf, Progress, RemovalError, Removed, SplitReport,
+    SplitStopped, Steps,
+};
 pub use root::LoadedRoot;
 pub use slot_map::Slots;
 pub use slots::{Slot, SlotError, SlotFlags, SlotId};
@@ -100,5 +108,6 @@ pub use tdp_arch::{
     Access, AdBits, Decoded, Ept, FaultCode, Format, Gfn, GfnRange, Gpa, Hpa, LeafAttrs, Level,
     MemoryType, Npt, PAGE_SIZE, Perms, Pfn, Spte,
 };
+pub use teardown::{RootTeardown, SlotRemoval};
 pub use tlb::{Flushed, PendingFlush, TlbTracker, TlbVcpu};
 pub use vcpu::{Batch, Vcpu};

@@ -2,23 +2,26 @@
 
 use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
+use crate::dirty::{DirtyRing, DirtyRings, DirtyTracking};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
+use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Entry, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
-use crate::root::{Half, Root, RootSet};
+use crate::root::{Half, Root, RootKey, RootSet};
 use crate::slot_map::{SlotMap, Slots};
 use crate::stats::{Shards, Stat, Stats, Tally};
 use crate::table::TableMeta;
+use crate::teardown::{RootTeardown, SlotRemoval};
 use crate::tlb::PendingFlush;
 use crate::vcpu::Vcpu;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
-use tdp_rcu::sync::{AtomicU64, CachePadded};
+use tdp_rcu::sync::{AtomicU64, CachePadded, Plain};
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -45,6 +48,9 @@ pub enum BuildError {
         /// Bits of physical address.
         bits: u32,
     },
+    /// Too few entries, or not a power of two.
+    #[error("a dirty ring of {0} entries: a power of two from {least} on is meant", least = DirtyRing::LEAST)]
+    DirtyRing(u32),
     /// No address has this bit, or it does not choose a root entry.
     #[error("bit {0} of a guest address cannot say whether memory is shared")]
     SharedBit(u32),
@@ -75,8 +81,14 @@ pub struct MmuBuilder<F: Format, H: Host> {
     physical_bits: u32,
     ad_bits: AdBits,
     mmio_caching: bool,
+    dirty_tracking: DirtyTracking,
+    dirty_ring: u32,
+    eager_split: bool,
+    nx_huge_pages: bool,
     max_leaf: Level,
     garbage_bound: usize,
+    slot_removal: SlotRemoval,
+    slot_generation: u64,
     asymmetric_fences: bool,
     private_half: Option<Routing>,
     default_visibility: Visibility,
@@ -111,7 +123,8 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
-    /// Who keeps the accessed and dirty bits. The default is the processor.
+    /// Who keeps the accessed and dirty bits, unless a vCPU asks for another kind of tree
+    /// ([`Vcpu::set_ad_bits`](crate::Vcpu::set_ad_bits)). The default is the processor.
     pub fn ad_bits(mut self, ad_bits: AdBits) -> Self {
         self.ad_bits = ad_bits;
         self
@@ -124,6 +137,34 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
+    /// How writes to logged slots are noticed. The default is by write protection.
+    pub fn dirty_tracking(mut self, tracking: DirtyTracking) -> Self {
+        self.dirty_tracking = tracking;
+        self
+    }
+
+    /// Whether the large leaves of a slot are split when its log is switched on, or, if it begins full, where it is cleared,
+    /// and not one by one when the guest writes. The default is yes: writes fault less, and switching on takes longer.
+    pub fn eager_split(mut self, on: bool) -> Self {
+        self.eager_split = on;
+        self
+    }
+
+    /// Gives each vCPU a dirty ring of that many entries, a power of two from 1024 on, 16 bytes each. The default is 0:
+    /// no rings, only bitmaps.
+    pub fn dirty_ring(mut self, entries: u32) -> Self {
+        self.dirty_ring = entries;
+        self
+    }
+
+    /// Whether large leaves are kept from being executable, against a guest that could stop the machine by changing
+    /// the size of a page while it fetches from it (erratum ITLB_MULTIHIT). The default is no; see
+    /// [`Mmu::set_nx_huge_pages`].
+    pub fn nx_huge_pages(mut self, on: bool) -> Self {
+        self.nx_huge_pages = on;
+        self
+    }
+
     /// Largest leaf. The default is 1 GiB.
     pub fn max_leaf(mut self, level: Level) -> Self {
         self.max_leaf = level;
@@ -133,6 +174,19 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// Table frames that may wait for a grace period before whoever retires drives it forward. The default is 4096.
     pub fn garbage_bound(mut self, frames: usize) -> Self {
         self.garbage_bound = frames;
+        self
+    }
+
+    /// How removing or moving a memory slot takes away what it maps. The default is to zap its range.
+    pub fn slot_removal(mut self, how: SlotRemoval) -> Self {
+        self.slot_removal = how;
+        self
+    }
+
+    /// Generation of the memory slots before their first change, for tests of what comes round. The default is 0.
+    #[doc(hidden)]
+    pub fn slot_generation(mut self, generation: u64) -> Self {
+        self.slot_generation = generation;
         self
     }
 
@@ -181,6 +235,10 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         if self.max_leaf > Level::L3 {
             return Err(BuildError::MaxLeaf(self.max_leaf));
         }
+        let ring = self.dirty_ring;
+        if ring != 0 && !(ring.is_power_of_two() && ring >= DirtyRing::LEAST) {
+            return Err(BuildError::DirtyRing(ring));
+        }
         let window = self.host.frames().window();
         if window.end.0 > 1 << (self.physical_bits - tdp_arch::PAGE_SHIFT) {
             return Err(BuildError::Window {
@@ -220,12 +278,18 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         });
         Ok(Mmu {
             shared: Arc::new(Shared {
-                slots: SlotMap::new(),
+                slots: SlotMap::new(self.slot_generation),
                 invalidations: Invalidations::new(),
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
+                dirty_tracking: self.dirty_tracking,
+                eager_split: self.eager_split,
+                rings: DirtyRings::new(self.dirty_ring),
+                nx: NxHugePages::new(self.nx_huge_pages),
+                nx_cursor: CachePadded::new(Plain::new(0)),
                 max_leaf: self.max_leaf,
+                slot_removal: self.slot_removal,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
                 unflushed: CachePadded::new(AtomicU64::new(0)),
                 roots: CachePadded::new(roots),
@@ -247,11 +311,18 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) address_spaces: u8,
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
+    pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) eager_split: bool,
+    pub(crate) nx: NxHugePages,
+    /// Frame at which the next recovery of tables begins. Written by recoveries.
+    pub(crate) nx_cursor: CachePadded<Plain>,
     pub(crate) max_leaf: Level,
+    pub(crate) slot_removal: SlotRemoval,
     /// First host frame that the processor cannot address.
     pub(crate) pfn_limit: Pfn,
     /// Sweeps, and faults that took something away, that have not flushed yet.
     pub(crate) unflushed: CachePadded<AtomicU64>,
+    pub(crate) rings: DirtyRings,
     /// The private half, if there is one.
     pub(crate) confidential: Option<Box<Confidential>>,
     /// Written by vCPUs that load a root and by sweeps.
@@ -265,9 +336,13 @@ pub(crate) struct Shared<F: Format, H: Host> {
 }
 
 impl<F: Format, H: Host> Shared<F, H> {
-    /// The current root of an address space.
-    pub(crate) fn load_root(&self, as_id: AddressSpaceId) -> Result<Arc<Root<H>>, MmuError> {
-        self.load_half(as_id, Half::Shared)
+    /// The current root of an address space for a role.
+    pub(crate) fn load_root(
+        &self,
+        as_id: AddressSpaceId,
+        ad_bits: AdBits,
+    ) -> Result<Arc<Root<H>>, MmuError> {
+        self.load_half(as_id, Half::Shared, ad_bits)
     }
 
     /// The root of its private half, if there is one.
@@ -278,14 +353,25 @@ impl<F: Format, H: Host> Shared<F, H> {
         if self.confidential.is_none() {
             return Ok(None);
         }
-        self.load_half(as_id, Half::Private).map(Some)
+        self.load_half(as_id, Half::Private, self.roots.ad_bits())
+            .map(Some)
     }
 
-    fn load_half(&self, as_id: AddressSpaceId, half: Half) -> Result<Arc<Root<H>>, MmuError> {
+    fn load_half(
+        &self,
+        as_id: AddressSpaceId,
+        half: Half,
+        ad_bits: AdBits,
+    ) -> Result<Arc<Root<H>>, MmuError> {
         if as_id.0 >= self.address_spaces {
             return Err(MmuError::NoSuchSpace(as_id));
         }
-        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, as_id, half)?;
+        let key = RootKey {
+            as_id,
+            half,
+            ad_bits,
+        };
+        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, key)?;
         if made {
             self.shards.sweeps.add(Stat::RootsMade, 1);
         }
@@ -346,8 +432,14 @@ impl<F: Format, H: Host> Mmu<F, H> {
             physical_bits: 46,
             ad_bits: AdBits::Processor,
             mmio_caching: true,
+            dirty_tracking: DirtyTracking::default(),
+            dirty_ring: 0,
+            eager_split: true,
+            nx_huge_pages: false,
             max_leaf: Level::L3,
             garbage_bound: 4096,
+            slot_removal: SlotRemoval::default(),
+            slot_generation: 0,
             asymmetric_fences: false,
             private_half: None,
             default_visibility: Visibility::Shared,
@@ -406,18 +498,11 @@ impl<F: Format, H: Host> Mmu<F, H> {
     }
 
     /// Makes the roots of all address spaces obsolete, at once, whatever they map. Each vCPU takes a new one when it
-    /// loads its root before its next guest entry. What the old ones map is taken down by
-    /// [`RootTeardown::finish`], while faults go on under the new ones.
+    /// loads its root before its next guest entry. What the old ones map is taken down by the returned
+    /// [`RootTeardown`], while faults go on under the new ones; until then a vCPU that is in the guest goes on under the
+    /// old one.
     pub fn invalidate_roots(&self) -> RootTeardown<F, H> {
-        let roots = self.shared.roots.invalidate();
-        self.shared
-            .shards
-            .sweeps
-            .add(Stat::RootsInvalidated, roots.len() as i64);
-        RootTeardown {
-            shared: self.shared.clone(),
-            roots,
-        }
+        RootTeardown::begin(&self.shared)
     }
 
     /// Calls `see` for every leaf of the current root of an address space whose frames meet `range`, in order. The MMU
@@ -491,36 +576,5 @@ impl<F: Format, H: Host> Mmu<F, H> {
     /// Must not be called from inside a [`Batch`](crate::Batch) or a host callback.
     pub fn synchronize(&self) {
         self.shared.domain.synchronize();
-    }
-}
-
-/// Obsolete roots to be taken down. Dropping it does that.
-#[must_use = "obsolete roots keep their tables until they are taken down"]
-pub struct RootTeardown<F: Format, H: Host> {
-    shared: Arc<Shared<F, H>>,
-    roots: alloc::vec::Vec<Arc<Root<H>>>,
-}
-
-impl<F: Format, H: Host> RootTeardown<F, H> {
-    /// Takes the trees down: seals every entry, flushes, retires the tables.
-    pub fn finish(self) {}
-}
-
-impl<F: Format, H: Host> Drop for RootTeardown<F, H> {
-    fn drop(&mut self) {
-        for root in core::mem::take(&mut self.roots) {
-            let mut pending = PendingFlush::new(&self.shared);
-            self.shared.seal_root(&root, &mut pending);
-            pending.flush();
-            self.shared.roots.buried(&root);
-        }
-    }
-}
-
-impl<F: Format, H: Host> core::fmt::Debug for RootTeardown<F, H> {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("RootTeardown")
-            .field("roots", &self.roots.len())
-            .finish()
     }
 }

@@ -1,18 +1,31 @@
 //! Roots: the tables at the top, counted.
 //!
-//! Protocol. A root is shared by an `Arc`: the MMU holds one count for the current root of each address space, each
-//! vCPU one for the root that it has loaded, a sweep one for as long as it walks. The page goes back to the frame source
-//! with the last count, so whoever can name a root can walk it. *Obsolete* is set once, before the tree is torn down:
-//! faults on it answer `Retry`, and the vCPU takes the new root when it loads its root before the next guest entry. A
+//! Protocol. An address space has up to one root for each *role*: one whose accessed and dirty bits the processor keeps,
+//! one whose bits it does not. A vCPU asks for the one that its processor can walk; sweeps cover all.
+//!
+//! A root is shared by an `Arc`: the MMU holds one count for the current root of each address space and role, each vCPU
+//! one for the root that it has loaded and one for each that it has left and may come back to ([`RootCache`]), a sweep one
+//! for as long as it walks. A count is taken from another count only, under the lock of the lists or from one's own, so
+//! none comes back from zero. The page goes back to the frame source with the last count, so whoever can name a root can
+//! walk it.
+//!
+//! *Obsolete* is set once, under the lock of the lists, before the tree is torn down: faults on it answer `Retry`, and the
+//! vCPU takes the new root when it loads its root before the next guest entry. Setting it says nothing yet about vCPUs
+//! that are in the guest or on their way there. Who needs them off the old root makes them leave *after* setting it, and a
+//! vCPU looks at it once more *after* it has said that it is inside: with a `TlbTracker` the two fences in
+//! there order that, so that either the vCPU is waited for or it sees that its root is obsolete and turns back. A
 //! root that is being torn down stays on the list of dying roots until it maps nothing, so that a sweep of the host
 //! reaches it too.
+//!
+//! No frame is allocated, filled or freed under the lock of the lists, so that making roots obsolete waits for a few
+//! instructions at most.
 //!
 //! A confidential guest has a second root for each address space, the *private* one, under which the library alone walks.
 //! It mirrors a table that cannot be replaced, so it never becomes obsolete: it lives as long as the MMU.
 
 use crate::entry::TablePage;
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
-use crate::table::{self, Place, TableMeta, TableState};
+use crate::table::{self, TableMeta, TableState};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use tdp_arch::{AdBits, Format, Gfn, Hpa, Level, Pfn};
@@ -70,24 +83,56 @@ impl<H: Host> Drop for Root<H> {
     }
 }
 
+/// Roles that the roots of an address space may have.
+const ROLES: usize = 2;
+
+/// Which of an address space's two trees is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    Shared,
+    Private,
+}
+
+/// Which root is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RootKey {
+    pub(crate) as_id: AddressSpaceId,
+    pub(crate) half: Half,
+    /// Role. Nothing but the library walks the private half, which has one for all.
+    pub(crate) ad_bits: AdBits,
+}
+
+const fn role(ad_bits: AdBits) -> usize {
+    match ad_bits {
+        AdBits::Processor => 0,
+        AdBits::Software => 1,
+    }
+}
+
+type Place<H> = Option<Arc<Root<H>>>;
+
 struct Lists<H: Host> {
-    current: [Option<Arc<Root<H>>>; MAX_ADDRESS_SPACES],
-    private: [Option<Arc<Root<H>>>; MAX_ADDRESS_SPACES],
+    current: [[Place<H>; ROLES]; MAX_ADDRESS_SPACES],
+    private: [Place<H>; MAX_ADDRESS_SPACES],
     dying: Vec<Arc<Root<H>>>,
     generation: u64,
 }
 
-/// Which of an address space's two trees is meant.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Half {
-    Shared,
-    Private,
+impl<H: Host> Lists<H> {
+    fn place(&mut self, key: RootKey) -> &mut Place<H> {
+        let space = usize::from(key.as_id.0) % MAX_ADDRESS_SPACES;
+        match key.half {
+            Half::Shared => &mut self.current[space][role(key.ad_bits)],
+            Half::Private => &mut self.private[space],
+        }
+    }
 }
 
 /// The roots of an MMU.
 pub(crate) struct RootSet<H: Host> {
     lists: Mutex<Lists<H>>,
     level: Level,
+    /// Role of a vCPU that has not asked for another.
     ad_bits: AdBits,
     /// The bit of a guest frame that makes it shared, or 0.
     shared_bit: u64,
@@ -96,9 +141,10 @@ pub(crate) struct RootSet<H: Host> {
 impl<H: Host> RootSet<H> {
     pub(crate) fn new(level: Level, ad_bits: AdBits, shared_bit: u64) -> Self {
         let lists = Lists {
-            current: [const { None }; MAX_ADDRESS_SPACES],
+            current: [const { [const { None }; ROLES] }; MAX_ADDRESS_SPACES],
             private: [const { None }; MAX_ADDRESS_SPACES],
-            dying: Vec::new(),
+            // Room for all that one invalidation makes obsolete.
+            dying: Vec::with_capacity(ROLES * MAX_ADDRESS_SPACES),
             generation: 0,
         };
         Self {
@@ -121,25 +167,47 @@ impl<H: Host> RootSet<H> {
         self.level
     }
 
-    /// The current root of a half of an address space, made if there is none. The flag tells whether it was made.
+    /// Role of a vCPU that has not asked for another.
+    pub(crate) fn ad_bits(&self) -> AdBits {
+        self.ad_bits
+    }
+
+    /// The current root of a kind, made if there is none. The flag tells whether it was made.
     pub(crate) fn load<F: Format>(
         &self,
         host: &SharedHost<H>,
         meta: &Arc<TableMeta>,
-        as_id: AddressSpaceId,
-        half: Half,
+        key: RootKey,
     ) -> Result<(Arc<Root<H>>, bool), OutOfFrames> {
-        let mut lists = self.lists.lock();
-        let lists = &mut *lists;
-        let private = half == Half::Private;
-        let spaces = match half {
-            Half::Shared => &mut lists.current,
-            Half::Private => &mut lists.private,
+        let generation = {
+            let mut lists = self.lists.lock();
+            if let Some(root) = lists.place(key) {
+                return Ok((root.clone(), false));
+            }
+            lists.generation += 1;
+            lists.generation
         };
-        let place = &mut spaces[usize::from(as_id.0) % MAX_ADDRESS_SPACES];
+        let new = Arc::new(self.make::<F>(host, meta, key, generation)?);
+        let mut lists = self.lists.lock();
+        let place = lists.place(key);
         if let Some(root) = place {
-            return Ok((root.clone(), false));
+            // Another vCPU was first. The lock goes before the root that nobody wants.
+            let root = root.clone();
+            drop(lists);
+            return Ok((root, false));
         }
+        *place = Some(new.clone());
+        Ok((new, true))
+    }
+
+    fn make<F: Format>(
+        &self,
+        host: &SharedHost<H>,
+        meta: &Arc<TableMeta>,
+        key: RootKey,
+        generation: u64,
+    ) -> Result<Root<H>, OutOfFrames> {
+        let private = key.half == Half::Private;
         let mut pfn = [Pfn(0)];
         host.frames().allocate(&mut pfn)?;
         let [pfn] = pfn;
@@ -147,29 +215,26 @@ impl<H: Host> RootSet<H> {
         meta.set_state(pfn, TableState::Spare);
         meta.link(
             pfn,
-            Place {
-                as_id,
+            table::Place {
+                as_id: key.as_id,
                 private,
                 level: self.level,
                 gfn: Gfn(0),
             },
         );
-        lists.generation += 1;
-        let root = Arc::new(Root {
+        Ok(Root {
             host: host.clone(),
             meta: meta.clone(),
             pfn,
             level: self.level,
             limit: self.limit(),
-            as_id,
+            as_id: key.as_id,
             private,
             gfn_bits: if private { 0 } else { self.shared_bit },
-            ad_bits: self.ad_bits,
-            generation: lists.generation,
+            ad_bits: key.ad_bits,
+            generation,
             obsolete: AtomicBool::new(false),
-        });
-        *place = Some(root.clone());
-        Ok((root, true))
+        })
     }
 
     /// The private root of an address space, if one was made.
@@ -177,10 +242,10 @@ impl<H: Host> RootSet<H> {
         self.lists.lock().private.get(usize::from(as_id.0))?.clone()
     }
 
-    /// Every root of the shared half of an address space that may map something, the current one first.
+    /// Every root of the shared half of an address space that may map something, of any role, the current ones first.
     pub(crate) fn of(&self, as_id: AddressSpaceId) -> Vec<Arc<Root<H>>> {
         let lists = self.lists.lock();
-        let current = lists.current.iter().flatten();
+        let current = lists.current.iter().flatten().flatten();
         current
             .chain(lists.dying.iter())
             .filter(|root| root.as_id == as_id)
@@ -188,19 +253,24 @@ impl<H: Host> RootSet<H> {
             .collect()
     }
 
-    /// The current root of an address space, if one was made.
+    /// A current root of an address space, if one was made: that of the usual role, or else of another.
     pub(crate) fn current(&self, as_id: AddressSpaceId) -> Option<Arc<Root<H>>> {
-        self.lists.lock().current.get(usize::from(as_id.0))?.clone()
+        let lists = self.lists.lock();
+        let roots = lists.current.get(usize::from(as_id.0))?;
+        let usual = roots[role(self.ad_bits)].as_ref();
+        usual.or(roots.iter().flatten().next()).cloned()
     }
 
-    /// Makes all current roots obsolete and returns them. Constant time.
+    /// Makes all current roots obsolete and returns them. Constant time: there is one for each address space and role.
     pub(crate) fn invalidate(&self) -> Vec<Arc<Root<H>>> {
+        let mut roots = Vec::with_capacity(ROLES * MAX_ADDRESS_SPACES);
         let mut lists = self.lists.lock();
         let lists = &mut *lists;
-        let roots: Vec<_> = lists.current.iter_mut().filter_map(Option::take).collect();
-        for root in &roots {
+        let current = lists.current.iter_mut().flatten();
+        for root in current.filter_map(Option::take) {
             root.obsolete.store(true, Ordering::Relaxed);
             lists.dying.push(root.clone());
+            roots.push(root);
         }
         roots
     }
@@ -217,10 +287,52 @@ impl<H: Host> RootSet<H> {
     pub(crate) fn take_all(&self) -> Vec<Arc<Root<H>>> {
         let mut lists = self.lists.lock();
         let lists = &mut *lists;
-        let current = lists.current.iter_mut().chain(&mut lists.private);
+        let current = lists.current.iter_mut().flatten();
+        let current = current.chain(&mut lists.private);
         let mut roots: Vec<_> = current.filter_map(Option::take).collect();
         roots.append(&mut lists.dying);
         roots
+    }
+}
+
+/// What a vCPU keeps of the roots that it has left, so that it comes back to them without a lock: one for each address
+/// space and role at most, none of them obsolete for longer than until the vCPU loads its root again.
+pub(crate) struct RootCache<H: Host>([Option<CachedRoot<H>>; ROLES * MAX_ADDRESS_SPACES]);
+
+/// A root with that of the private half.
+pub(crate) struct CachedRoot<H: Host> {
+    pub(crate) root: Arc<Root<H>>,
+    pub(crate) private: Option<Arc<Root<H>>>,
+}
+
+impl<H: Host> RootCache<H> {
+    pub(crate) const fn new() -> Self {
+        Self([const { None }; ROLES * MAX_ADDRESS_SPACES])
+    }
+
+    fn place(&mut self, as_id: AddressSpaceId, ad_bits: AdBits) -> &mut Option<CachedRoot<H>> {
+        let space = usize::from(as_id.0) % MAX_ADDRESS_SPACES;
+        &mut self.0[space * ROLES + role(ad_bits)]
+    }
+
+    /// Keeps a root that its vCPU leaves, unless it is obsolete.
+    pub(crate) fn keep(&mut self, left: CachedRoot<H>) {
+        let (as_id, ad_bits) = (left.root.as_id, left.root.ad_bits);
+        *self.place(as_id, ad_bits) = Some(left).filter(|left| !left.root.is_obsolete());
+    }
+
+    /// The root that the vCPU has left, unless it has become obsolete since.
+    pub(crate) fn take(&mut self, as_id: AddressSpaceId, ad_bits: AdBits) -> Option<CachedRoot<H>> {
+        self.place(as_id, ad_bits)
+            .take()
+            .filter(|left| !left.root.is_obsolete())
+    }
+
+    /// Lets go of what has become obsolete.
+    pub(crate) fn drop_obsolete(&mut self) {
+        for place in &mut self.0 {
+            place.take_if(|left| left.root.is_obsolete());
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use crate::mmu::Shared;
 use crate::range_zap::ZapScope;
 use crate::reclaim::Retired;
 use crate::slots::{Slot, SlotError, SlotFlags, SlotId, Snapshot};
+use crate::teardown::{RootTeardown, SlotRemoval};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -27,10 +28,13 @@ pub(crate) struct SlotMap<B> {
 #[allow(unsafe_code)]
 // UNSAFETY: snapshots are read by RCU through a raw pointer.
 impl<B: Clone> SlotMap<B> {
-    pub(crate) fn new() -> Self {
+    /// An empty map, with the generation that the first change follows.
+    pub(crate) fn new(generation: u64) -> Self {
+        let mut empty = Snapshot::empty();
+        empty.generation = generation;
         Self {
-            version: AtomicU64::new(0),
-            current: AtomicPtr::new(Box::into_raw(Box::new(Snapshot::empty()))),
+            version: AtomicU64::new(generation),
+            current: AtomicPtr::new(Box::into_raw(Box::new(empty))),
             writer: CachePadded::new(Mutex::new(())),
         }
     }
@@ -88,11 +92,28 @@ impl<B> Drop for SlotMap<B> {
 
 /// The memory slots of an MMU.
 pub struct Slots<'a, F: Format, H: Host> {
-    shared: &'a Shared<F, H>,
+    shared: &'a Arc<Shared<F, H>>,
+}
+
+/// A slot whose faults are told to wait. Dropped, on failure or by a panic of the host or of the hook, it is as it was: the
+/// guest has some of its private memory still, so it stays.
+struct Changing<'s, 'a, F: Format, H: Host> {
+    slots: &'s Slots<'a, F, H>,
+    as_id: AddressSpaceId,
+    id: SlotId,
+}
+
+impl<F: Format, H: Host> Drop for Changing<'_, '_, F, H> {
+    fn drop(&mut self) {
+        // The writer's lock is held since the slot was found: it is there.
+        let _ = self
+            .slots
+            .change(self.as_id, self.id, |slot| Some(slot.changing(false)));
+    }
 }
 
 impl<'a, F: Format, H: Host> Slots<'a, F, H> {
-    pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
+    pub(crate) fn new(shared: &'a Arc<Shared<F, H>>) -> Self {
         Self { shared }
     }
 
@@ -117,7 +138,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             let visit = self.shared.domain.visit();
             next(self.shared.slots.visited(&visit))?
         };
+        let generation = snapshot.generation;
         let replaced = self.shared.slots.publish(snapshot);
+        self.shared.age_mmio_entries(generation);
         self.shared.domain.retire(
             Retired::Slots {
                 _snapshot: replaced,
@@ -157,8 +180,25 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError::NoSuchSlot`].
     pub fn remove(&self, as_id: AddressSpaceId, id: SlotId) -> Result<(), SlotError> {
+        self.remove_lazily(as_id, id).map(RootTeardown::finish)
+    }
+
+    /// Removes a slot and leaves the obsolete roots, if that is how slots are removed
+    /// ([`MmuBuilder::slot_removal`](crate::MmuBuilder::slot_removal)), to be taken down later. When this returns no vCPU
+    /// can reach the slot's backing, taken down or not.
+    ///
+    /// Waits as [`remove`](Slots::remove) does.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::NoSuchSlot`].
+    pub fn remove_lazily(
+        &self,
+        as_id: AddressSpaceId,
+        id: SlotId,
+    ) -> Result<RootTeardown<F, H>, SlotError> {
         let writer = self.shared.slots.writer.lock();
-        self.replace(&writer, as_id, id, |_| None)
+        self.replace(&writer, as_id, id, self.shared.slot_removal, |_| None)
     }
 
     /// Moves a slot to other guest frames. What it mapped is taken away; faults map it anew.
@@ -169,11 +209,17 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// [`SlotError`]; nothing changed.
     pub fn move_to(&self, as_id: AddressSpaceId, id: SlotId, start: Gfn) -> Result<(), SlotError> {
-        let writer = self.shared.slots.writer.lock();
-        self.replace(&writer, as_id, id, |slot| Some(slot.moved_to(start)))
+        let moved = {
+            let writer = self.shared.slots.writer.lock();
+            let how = self.shared.slot_removal;
+            self.replace(&writer, as_id, id, how, |slot| Some(slot.moved_to(start)))
+        };
+        moved.map(RootTeardown::finish)
     }
 
-    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
+    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped. With
+    /// [`SlotFlags::LOG_DIRTY`] the log begins: when this returns, every write is noticed. Without it the log ends, and what
+    /// was split for it becomes large again ([`Mmu::collapse`](crate::Mmu::collapse)).
     ///
     /// Waits as [`remove`](Slots::remove) does.
     ///
@@ -190,11 +236,27 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             |slot: &Slot<H::Backing>| (slot.flags() ^ flags).contains(SlotFlags::READ_ONLY);
         // Held from here on: another change of the flags must not come between the question and its answer.
         let writer = self.shared.slots.writer.lock();
-        if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
-            self.replace(&writer, as_id, id, |slot| Some(slot.with_flags(flags)))
-        } else {
-            self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
+        let before = self.by_id(as_id, id);
+        if before.as_deref().is_some_and(remaps) {
+            let change = |slot: Slot<H::Backing>| Some(slot.with_flags(flags));
+            return self
+                .replace(&writer, as_id, id, SlotRemoval::Zap, change)
+                .map(RootTeardown::finish);
         }
+        self.change(as_id, id, |slot| Some(slot.with_flags(flags)))?;
+        let logged = |slot: &Slot<H::Backing>| slot.bitmap().is_some();
+        let (Some(before), Some(now)) = (before, self.by_id(as_id, id)) else {
+            return Ok(());
+        };
+        if logged(&now) && !logged(&before) {
+            // A fault that knew the slot without its log may still make a leaf writable, or a large one. The fence inside
+            // pairs with the one at the start of every critical section: a fault that is not waited for sees the log.
+            self.shared.domain.synchronize_sections();
+            self.shared.start_log(&now).flush();
+        } else if logged(&before) && !logged(&now) {
+            self.shared.collapse(as_id, now.gfns()).flush();
+        }
+        Ok(())
     }
 
     /// Takes away what a slot maps and puts what `change` makes of it in its place.
@@ -203,8 +265,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         _writer: &MutexGuard<'_, ()>,
         as_id: AddressSpaceId,
         id: SlotId,
+        how: SlotRemoval,
         change: impl Fn(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
-    ) -> Result<(), SlotError> {
+    ) -> Result<RootTeardown<F, H>, SlotError> {
         let limit = self.limit();
         // Refused before anything is published, so that the tables stay as they are.
         let gfns = {
@@ -214,16 +277,27 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             now.by_id(as_id, id)?.gfns()
         };
         self.change(as_id, id, |slot| Some(slot.changing(true)))?;
+        let changing = Changing {
+            slots: self,
+            as_id,
+            id,
+        };
         // INV: no-stale-install: the fence inside pairs with the one at the start of every critical section. A fault
         // that is not waited for began later and sees the slot changing.
         self.shared.domain.synchronize_sections();
-        self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
-        if let Err(error) = self.shared.remove_private(as_id, gfns) {
-            // The guest has some of it still, so the slot stays.
-            self.change(as_id, id, |slot| Some(slot.changing(false)))?;
-            return Err(SlotError::Private(error));
+        let teardown = match how {
+            SlotRemoval::Zap => RootTeardown::nothing(self.shared),
+            SlotRemoval::InvalidateRoots => RootTeardown::begin(self.shared).and_reload(),
+        };
+        if !teardown.is_left_by_all() {
+            self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
         }
-        self.change(as_id, id, |slot| change(slot.changing(false)))
+        self.shared
+            .remove_private(as_id, gfns)
+            .map_err(SlotError::Private)?;
+        core::mem::forget(changing);
+        self.change(as_id, id, |slot| change(slot.changing(false)))?;
+        Ok(teardown)
     }
 
     /// The slot that holds `gfn`.

@@ -3,19 +3,22 @@
 //! Protocol. A [`Vcpu`] is used by one thread at a time. Its tables are topped up *outside* the critical section, so a
 //! fault never allocates inside one. Its critical section is its own word of the epoch domain; its counters, its cache
 //! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
-//! even when it is obsolete, until [`Vcpu::load_root`] takes the next one.
+//! even when it is obsolete, until [`Vcpu::load_root`] takes the next one. So are the roots that it has left for another
+//! address space or another kind of tree, until it finds them obsolete.
 
+use crate::dirty::DirtyRing;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
+use crate::private_fault::SentBack;
 use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
-use crate::root::{LoadedRoot, Root};
+use crate::root::{CachedRoot, LoadedRoot, Root, RootCache};
 use crate::slots::{Slot, Snapshot};
 use crate::stats::Shard;
 use crate::table::{self, TableCache, TableState};
 use alloc::sync::Arc;
-use tdp_arch::{Access, Format, Gfn, Level};
+use tdp_arch::{Access, AdBits, Format, Gfn, Level};
 use tdp_rcu::{Reader, Section};
 
 /// Tables that one fault may need: one for each level below a root of level 5, and one to spare.
@@ -38,11 +41,13 @@ pub struct Vcpu<F: Format, H: Host> {
 pub(crate) struct VcpuCore<F: Format, H: Host> {
     pub(crate) ctx: Context<F, H>,
     hint: SlotHint<H::Backing>,
+    /// Roots that were left and may be wanted again.
+    left: RootCache<H>,
     pub(crate) cache: TableCache,
     /// Pages to be given to the module as twins of tables.
     pub(crate) twins: TableCache,
-    /// The private fault that was last sent back to the guest unresolved, and how often in a row.
-    pub(crate) sent_back: (Gfn, u32),
+    /// The private faults that were last sent back to the guest unresolved.
+    pub(crate) sent_back: SentBack,
 }
 
 /// What a fault reads and does not change: where it works, and for whom.
@@ -55,6 +60,8 @@ pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
+    /// Where it notes the pages that it lets be written, if there are rings.
+    pub(crate) ring: Option<Arc<DirtyRing>>,
 }
 
 /// The slot that was used last, and the version of the slot map under which it was found.
@@ -81,7 +88,7 @@ impl<B> SlotHint<B> {
 impl<F: Format, H: Host> Vcpu<F, H> {
     pub(crate) fn new(shared: Arc<Shared<F, H>>) -> Result<Self, MmuError> {
         let as_id = AddressSpaceId::default();
-        let root = shared.load_root(as_id)?;
+        let root = shared.load_root(as_id, shared.roots.ad_bits())?;
         let private_root = shared.load_private_root(as_id)?;
         let capabilities = shared
             .confidential
@@ -90,6 +97,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 confidential.capabilities
             });
         let shard = shared.shards.vcpu();
+        let ring = shared.rings.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
             ctx: Context {
@@ -99,11 +107,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 shared,
                 shard,
                 as_id,
+                ring,
             },
             hint: SlotHint::none(),
+            left: RootCache::new(),
             cache: TableCache::new(),
             twins: TableCache::new(),
-            sent_back: (Gfn(u64::MAX), 0),
+            sent_back: SentBack::default(),
         };
         Ok(Self { reader, core })
     }
@@ -229,13 +239,23 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// [`MmuError`] if there is no such space or no frame for its root; the vCPU stays where it was.
     pub fn set_address_space(&mut self, as_id: AddressSpaceId) -> Result<LoadedRoot, MmuError> {
-        let root = self.core.ctx.shared.load_root(as_id)?;
-        let private_root = self.core.ctx.shared.load_private_root(as_id)?;
-        self.core.ctx.as_id = as_id;
-        self.core.ctx.root = root;
-        self.core.ctx.private_root = private_root;
-        self.core.hint = SlotHint::none();
-        Ok(self.core.loaded())
+        self.core.switch(as_id, self.core.ctx.root.ad_bits)
+    }
+
+    /// Who keeps the accessed and dirty bits of the tree that this vCPU runs on.
+    pub fn ad_bits(&self) -> AdBits {
+        self.core.ctx.root.ad_bits
+    }
+
+    /// Runs this vCPU on a tree of another kind from its next root on, which is loaded now: one whose accessed and dirty
+    /// bits the processor keeps, or one whose bits it does not. An address space has one of each, with slots, sweeps and
+    /// everything else in common.
+    ///
+    /// # Errors
+    ///
+    /// [`MmuError`] if there is no frame for its root; the vCPU stays where it was.
+    pub fn set_ad_bits(&mut self, ad_bits: AdBits) -> Result<LoadedRoot, MmuError> {
+        self.core.switch(self.core.ctx.as_id, ad_bits)
     }
 
     /// The root to enter the guest with. Called before every entry: it is the current one unless that has become
@@ -246,9 +266,18 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// [`MmuError`] if a new root is needed and there is no frame for it.
     pub fn load_root(&mut self) -> Result<LoadedRoot, MmuError> {
         if self.core.ctx.root.is_obsolete() {
-            self.core.ctx.root = self.core.ctx.shared.load_root(self.core.ctx.as_id)?;
+            self.core.renew_root()?;
         }
         Ok(self.core.loaded())
+    }
+
+    /// Whether the root that was loaded last has become obsolete. To be asked on the way into the guest, once the vCPU
+    /// has made known that it is inside (for instance by [`TlbVcpu::enter`](crate::TlbVcpu::enter)): if so it leaves again
+    /// and loads its root anew. Without that look an embedder cannot promise
+    /// [`Host::reload_roots`](crate::Host::reload_roots).
+    #[inline]
+    pub fn is_root_obsolete(&self) -> bool {
+        self.core.ctx.root.is_obsolete()
     }
 }
 
@@ -390,7 +419,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }
-        self.install_mapping(fault, mapping.level, mapping, mapping.perms, None)
+        self.install_mapping(fault, mapping.level, mapping, mapping.perms, false, None)
     }
 
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, or where more waits for
@@ -422,7 +451,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     fn allocate(&mut self) -> Result<(), OutOfFrames> {
         let shared = &*self.ctx.shared;
         let frames = shared.host.frames();
-        let count = frames.allocate(self.cache.room(TOP_UP))?;
+        let room = self.cache.room(TOP_UP);
+        let most = room.len();
+        // No more than was asked for, whatever the host says: the rest of the room holds tables of before.
+        let count = frames.allocate(room)?.min(most);
         for &pfn in self.cache.grown(count) {
             shared.meta.set_state(pfn, TableState::Spare);
             table::page(frames, pfn).fill(|_| F::EMPTY);
@@ -461,6 +493,38 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             slot: Arc::as_ptr(slot),
         };
         Some(slot)
+    }
+
+    /// Takes the place of an obsolete root's successor.
+    #[cold]
+    fn renew_root(&mut self) -> Result<(), MmuError> {
+        self.left.drop_obsolete();
+        let ctx = &mut self.ctx;
+        ctx.root = ctx.shared.load_root(ctx.as_id, ctx.root.ad_bits)?;
+        Ok(())
+    }
+
+    /// Goes to the root of another address space or role.
+    fn switch(&mut self, as_id: AddressSpaceId, ad_bits: AdBits) -> Result<LoadedRoot, MmuError> {
+        if (as_id, ad_bits) != (self.ctx.as_id, self.ctx.root.ad_bits) {
+            let next = match self.left.take(as_id, ad_bits) {
+                Some(next) => next,
+                None => CachedRoot {
+                    root: self.ctx.shared.load_root(as_id, ad_bits)?,
+                    private: self.ctx.shared.load_private_root(as_id)?,
+                },
+            };
+            self.left.keep(CachedRoot {
+                root: core::mem::replace(&mut self.ctx.root, next.root),
+                private: core::mem::replace(&mut self.ctx.private_root, next.private),
+            });
+            self.left.drop_obsolete();
+            self.ctx.as_id = as_id;
+            self.hint = SlotHint::none();
+        } else if self.ctx.root.is_obsolete() {
+            self.renew_root()?;
+        }
+        Ok(self.loaded())
     }
 
     fn loaded(&self) -> LoadedRoot {

@@ -97,6 +97,13 @@ fn a_leaf_is_decoded<F: Machine>(scene: Scene) -> Result<(), TestCaseError> {
     );
     prop_assert_eq!(leaf.0 & F::WRITABLE != 0, perms.contains(Perms::WRITE));
     prop_assert_eq!(leaf.0 & F::NX_SPLIT, 0);
+    if !perms.is_empty() {
+        let fetched = LeafAttrs {
+            perms: attrs.perms | Perms::EXEC | Perms::USER_EXEC,
+            ..attrs
+        };
+        prop_assert_eq!(F::permit_fetch(leaf), F::leaf(pfn, level, fetched));
+    }
     Ok(())
 }
 

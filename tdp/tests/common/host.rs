@@ -122,6 +122,10 @@ pub(crate) struct Script {
     /// Every flush that was asked for.
     pub(crate) flushes: Vec<FlushRequest>,
     pub(crate) lookups: u64,
+    /// Whether the host promises that vCPUs load their root anew when it is asked to.
+    pub(crate) reloads: bool,
+    /// How often it was asked to.
+    pub(crate) reloads_asked: u64,
 }
 
 /// The host.
@@ -242,5 +246,17 @@ impl Host for TestHost {
             hook();
         }
         self.tlb.track(|_| {});
+    }
+
+    fn reload_roots(&self) -> bool {
+        let promised = {
+            let mut script = self.script();
+            script.reloads_asked += 1;
+            script.reloads
+        };
+        if promised {
+            self.tlb.track(|_| {});
+        }
+        promised
     }
 }

@@ -3,7 +3,9 @@
 use crate::common::host::Memory;
 use crate::common::processor::{Processor, Report};
 use crate::common::rig::{ACCESSES, Rig, RigSetup};
-use tdp::{Access, AddressSpaceId, Fault, Gfn, Gpa, Level, Outcome, Perms, Pfn, Slot, SlotFlags};
+use tdp::{
+    Access, AdBits, AddressSpaceId, Fault, Gfn, Gpa, Level, Outcome, Perms, Pfn, Slot, SlotFlags,
+};
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
 
@@ -141,5 +143,62 @@ both_formats! {
         assert_eq!(cpu.run(gpa, Access::Write), Err(emulate));
         rig.assert_maps(&mut cpu.vcpu, Gfn(7), Pfn(1 << 20 | 7), Level::L2, Perms::RX);
         assert_eq!(rig.mmu.stats().mmio, 2);
+    }
+
+    /// The quick answer to an exit for a frame without memory holds under the slots of now and no others.
+    fn mmio_is_told_without_a_look_at_the_slots<F>() {
+        let rig = Rig::<F>::new();
+        let mut vcpu = rig.vcpu();
+        let gpa = Gpa(0x9008);
+        assert!(!vcpu.is_mmio(gpa), "nothing is remembered yet");
+        assert_eq!(vcpu.fault(Fault::read(gpa)), Ok(MMIO));
+        assert!(vcpu.is_mmio(gpa));
+        assert!(!vcpu.is_mmio(Gpa(0xa000)) && !vcpu.is_mmio(Gpa(u64::MAX)));
+        assert_eq!(rig.mmu.stats().mmio, 2);
+        let slot = Slot::new(Gfn(0)..Gfn(16), Memory::new(Pfn(1 << 20), Level::L1));
+        let id = rig.mmu.slots().insert(slot).expect("the first slot");
+        assert!(!vcpu.is_mmio(gpa), "there is memory now");
+        assert_eq!(vcpu.fault(Fault::read(gpa)), Ok(Outcome::Fixed { level: Level::L1 }));
+        assert!(!vcpu.is_mmio(gpa));
+        rig.mmu.slots().remove(SPACE, id).expect("it is there");
+        assert!(!vcpu.is_mmio(gpa));
+        assert_eq!(vcpu.fault(Fault::read(gpa)), Ok(MMIO));
+        assert!(vcpu.is_mmio(gpa));
+    }
+
+    /// The bits that an entry holds of a generation come round. Before any entry could be mistaken for a new one it is swept
+    /// out, from the trees of all spaces and kinds; leaves stay.
+    fn generations_come_round<F>() {
+        // An entry holds 19 bits. The sweep is due each time that the lower 18 come round.
+        for last in [(1 << 18) - 1, (1 << 19) - 1, 5 * (1 << 18) - 1] {
+            let setup = RigSetup { slot_generation: last - 2, ..RigSetup::default() };
+            let rig = Rig::<F>::with(setup);
+            let slots = rig.mmu.slots();
+            let slot = |gfn| Slot::new(Gfn(gfn)..Gfn(gfn + 1), Memory::new(Pfn(1 << 20), Level::L1));
+            slots.insert(slot(0)).expect("the first slot");
+            let gpa = Gpa(0x9000);
+            let mut vcpus = [rig.vcpu(), rig.vcpu(), rig.vcpu()];
+            let [_, other, without] = &mut vcpus;
+            other.set_address_space(AddressSpaceId(1)).expect("a frame for the root");
+            without.set_ad_bits(AdBits::Software).expect("a frame for the root");
+            assert_eq!(vcpus[0].fault(Fault::read(Gpa(0))), Ok(Outcome::Fixed { level: Level::L1 }));
+            for vcpu in &mut vcpus {
+                assert_eq!(vcpu.fault(Fault::read(gpa)), Ok(MMIO));
+                assert!(vcpu.is_mmio(gpa));
+            }
+            slots.insert(slot(64)).expect("the place is free");
+            assert_eq!(slots.generation(), last);
+            assert_eq!(rig.mmu.audit().mmio, 3, "stale, and left for the next fault");
+            assert_eq!(vcpus[0].fault(Fault::read(gpa)), Ok(MMIO));
+            assert!(vcpus[0].is_mmio(gpa) && !vcpus[1].is_mmio(gpa));
+            slots.insert(slot(65)).expect("the place is free");
+            assert_eq!(rig.mmu.audit().mmio, 0);
+            assert_eq!(rig.mmu.stats().pages, [1, 0, 0]);
+            assert!(vcpus.iter_mut().all(|vcpu| !vcpu.is_mmio(gpa)));
+            assert_eq!(vcpus[0].fault(Fault::read(gpa)), Ok(MMIO));
+            assert!(vcpus[0].is_mmio(gpa));
+            slots.insert(slot(66)).expect("the place is free");
+            assert_eq!(rig.mmu.audit().mmio, 1, "the next sweep is far away");
+        }
     }
 }

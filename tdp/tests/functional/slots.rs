@@ -5,7 +5,7 @@ use crate::common::processor::{Processor, Report};
 use crate::common::rig::{Rig, RigSetup};
 use tdp::{
     Access, AddressSpaceId, Fault, Gfn, GfnRange, Gpa, Level, MmuError, Outcome, Perms, Pfn,
-    RetryReason, Slot, SlotError, SlotFlags, SlotId, Slots,
+    RetryReason, RootTeardown, Slot, SlotError, SlotFlags, SlotId, SlotRemoval, Slots,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -36,7 +36,96 @@ fn ranges<F: Processor>(slots: &Slots<'_, F, TestHost>, as_id: AddressSpaceId) -
     slots.list(as_id).iter().map(|slot| slot.gfns()).collect()
 }
 
+/// Slots are removed by making roots obsolete; `reloads` says whether the host promises that vCPUs load new ones.
+fn invalidating<F: Processor>(reloads: bool) -> Rig<F> {
+    let rig = Rig::with(RigSetup {
+        slot_removal: SlotRemoval::InvalidateRoots,
+        ..RigSetup::default()
+    });
+    rig.host().script().reloads = reloads;
+    rig
+}
+
 both_formats! {
+    /// A slot is removed by making roots obsolete: nothing is zapped or flushed, vCPUs are told to load new roots, faults go
+    /// on before the old ones are taken down, and that flushes nothing either.
+    fn a_slot_goes_with_the_roots<F>() {
+        let rig = invalidating::<F>(true);
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        slots.insert(slot(0x200, 0x400)).expect("the place is free");
+        let mut cpu = rig.processor(rig.vcpu());
+        for gfn in [0x1ff, 0x200] {
+            assert!(cpu.run(Gfn(gfn).address(), Access::Write).is_ok());
+        }
+        let root = cpu.root();
+        let teardown = slots.remove_lazily(SPACE, id).expect("it is there");
+        assert_eq!(rig.host().script().reloads_asked, 1);
+        assert!(cpu.vcpu.is_root_obsolete());
+        assert!(rig.entry(root, Gfn(0x1ff), Level::L1).is_some_and(F::is_mmu_present));
+        let gone = Err(Outcome::Mmio { read_only: false });
+        assert_eq!(cpu.run(Gfn(0x1ff).address(), Access::Read), gone);
+        assert_ne!(cpu.root().generation, root.generation);
+        rig.assert_absent(&mut cpu.vcpu, Gfn(0x200), Report::Absent);
+        assert!(cpu.run(Gfn(0x200).address(), Access::Write).is_ok());
+        teardown.finish();
+        rig.assert_maps(&mut cpu.vcpu, Gfn(0x200), Pfn(BASE), Level::L1, Perms::RWX);
+        assert_eq!(rig.host().take_flushes(), []);
+        assert_eq!((rig.mmu.stats().pages, rig.mmu.stats().tables), ([1, 0, 0], 4));
+    }
+
+    /// A host that cannot promise it: what the slot maps is zapped and flushed, under roots that were obsolete before too.
+    fn a_slot_goes_before_the_roots_where_vcpus_stay<F>() {
+        let rig = invalidating::<F>(false);
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        slots.insert(slot(0x200, 0x400)).expect("the place is free");
+        let mut late = rig.processor(rig.vcpu());
+        for gfn in [0x1ff, 0x200] {
+            assert!(late.run(Gfn(gfn).address(), Access::Write).is_ok());
+        }
+        let older = rig.mmu.invalidate_roots();
+        let mut cpu = rig.processor(rig.vcpu());
+        assert!(cpu.run(Gfn(0x1ff).address(), Access::Write).is_ok());
+        let teardown = slots.remove_lazily(SPACE, id).expect("it is there");
+        let flushed = rig.host().take_flushes();
+        assert_eq!(flushed.len(), 1);
+        assert_eq!((flushed[0].as_id, flushed[0].range), (SPACE, gfns(0x1ff, 0x200)));
+        for cpu in [&mut late, &mut cpu] {
+            let touched = cpu.touch(Gfn(0x1ff).address(), Access::Read);
+            assert_eq!(touched.result, Err(Report::Absent));
+        }
+        assert!(late.touch(Gfn(0x200).address(), Access::Read).result.is_ok());
+        drop((older, teardown));
+        let touched = late.touch(Gfn(0x200).address(), Access::Read);
+        assert_eq!(touched.result, Err(Report::Absent));
+        assert_eq!(rig.host().take_flushes().len(), 2, "one for each root");
+    }
+
+    /// A slot moves with the roots; what cannot be changes nothing.
+    fn a_slot_moves_with_the_roots<F>() {
+        let rig = invalidating::<F>(true);
+        let slots = rig.mmu.slots();
+        let id = slots.insert(slot(0, 0x200)).expect("the first slot");
+        let mut cpu = rig.processor(rig.vcpu());
+        assert!(cpu.run(Gfn(3).address(), Access::Write).is_ok());
+        assert!(slots.move_to(SPACE, id, Gfn(u64::MAX)).is_err());
+        assert!(slots.remove_lazily(SPACE, SlotId(7)).is_err());
+        assert!(!cpu.vcpu.is_root_obsolete());
+        slots.move_to(SPACE, id, Gfn(0x100)).expect("only itself is there");
+        assert!(cpu.vcpu.is_root_obsolete());
+        assert!(cpu.run(Gfn(3).address(), Access::Write).is_err());
+        let found = cpu.run(Gfn(0x103).address(), Access::Write).expect("it is here now");
+        assert_eq!(found.pfn, Pfn(BASE + 3));
+        assert_eq!(rig.host().take_flushes(), []);
+        // A change of flags leaves the roots.
+        slots.set_flags(SPACE, id, SlotFlags::READ_ONLY).expect("it is there");
+        assert!(!cpu.vcpu.is_root_obsolete());
+        assert_eq!(rig.mmu.stats().roots_invalidated, 1);
+        slots.remove_lazily(SPACE, id).map(RootTeardown::finish).expect("it is there");
+        assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    }
+
     /// Every slot that cannot be is refused with its reason, and nothing changes.
     fn impossible_slots_are_refused<F>() {
         let rig = Rig::<F>::new();
@@ -175,7 +264,7 @@ both_formats! {
         rig.assert_maps(&mut cpu.vcpu, Gfn(3), Pfn(BASE + 3), Level::L1, Perms::RWX);
     }
 
-    /// Logging writes needs nothing taken away now; new leaves are small.
+    /// Logging writes splits what is mapped and takes its write permission; new leaves are small.
     fn dirty_logging_makes_new_leaves_small<F>() {
         let rig = Rig::<F>::new();
         let slots = rig.mmu.slots();
@@ -186,9 +275,9 @@ both_formats! {
         let generation = slots.generation();
         slots.set_flags(SPACE, id, SlotFlags::LOG_DIRTY).expect("it is there");
         assert_ne!(slots.generation(), generation);
-        assert_eq!(rig.host().take_flushes(), []);
+        assert_eq!(rig.host().take_flushes().len(), 1);
         assert_eq!(vcpu.fault(Fault::read(Gfn(0x200).address())), fixed());
-        assert_eq!(rig.mmu.stats().pages, [1, 1, 0]);
+        assert_eq!(rig.mmu.stats().pages, [513, 0, 0]);
     }
 
     /// A vCPU that used a slot last is not misled by what comes after it.

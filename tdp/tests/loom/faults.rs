@@ -1,8 +1,8 @@
 //! Faults against faults.
 
-use crate::world::{A, B, FIRST, SPACE, TestHost, World, explore, settled};
+use crate::world::{A, B, Backing, FIRST, SPACE, TestHost, World, explore, only, settled};
 use loom::thread;
-use tdp::{Access, Fault, Gfn, Level, Outcome, Perms};
+use tdp::{Access, Ept, Fault, Format, Gfn, Level, Outcome, Perms, Slot};
 
 const FIXED: Outcome = Outcome::Fixed { level: Level::L1 };
 
@@ -235,5 +235,27 @@ fn batch_against_unlink() {
 
         world.audit(&mut ours);
         world.finish([ours, theirs]);
+    });
+}
+
+/// A fault remembers that there is no memory while the generation of slots comes round: whatever is in the tables in the end
+/// was made in the new age.
+#[test]
+fn mmio_against_a_new_age() {
+    explore("mmio x new age", Some(4), || {
+        let world = World::before_an_age();
+        let mut vcpu = world.vcpu();
+        let guest = thread::spawn(move || {
+            let outcome = vcpu.fault(Fault::write(A.address())).unwrap();
+            assert_eq!(outcome, Outcome::Mmio { read_only: false });
+            vcpu
+        });
+        let slot = Slot::new(only(B), Backing::new());
+        world.mmu.slots().insert(slot).unwrap();
+        let mut vcpu = guest.join().unwrap();
+        if let Some(mmio) = Ept::mmio_entry(world.entry(&mut vcpu, A)) {
+            assert_eq!(mmio.generation, 1 << 18);
+        }
+        world.finish([vcpu]);
     });
 }

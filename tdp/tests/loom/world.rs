@@ -19,9 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
 use std::time::Instant;
 use tdp::{
-    Access, AddressSpaceId, Decoded, Ept, FlushRequest, Format, FrameSource, Gfn, Host, Hpa, Level,
-    Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, Spte, TableMemory, TablePage,
-    TlbTracker, TlbVcpu, Visibility,
+    Access, AddressSpaceId, Decoded, DirtyTracking, Ept, FlushRequest, Format, FrameSource, Gfn,
+    Host, Hpa, Level, Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, SlotFlags,
+    SlotRemoval, Spte, TableMemory, TablePage, TlbTracker, TlbVcpu, Visibility,
 };
 use tdp_arch::walker::PhysicalMemory;
 
@@ -222,6 +222,8 @@ pub(crate) struct TestHost {
     perms: fn(Access) -> Perms,
     /// Look-ups have to sleep.
     sleeps: bool,
+    /// vCPUs can be made to leave obsolete roots.
+    reloads: bool,
     tlb: TlbTracker,
     /// The module of a confidential guest.
     pub(crate) module: Module,
@@ -240,6 +242,7 @@ impl TestHost {
             level: Level::L1,
             perms: |_| Perms::RWX,
             sleeps: false,
+            reloads: false,
             tlb: TlbTracker::new(),
             module: Module::new(Manner::default()),
             pages: [(); 2].map(UnsafeCell::new),
@@ -276,6 +279,12 @@ impl TestHost {
     /// Look-ups have to sleep.
     pub(crate) fn sleeps(mut self) -> Self {
         self.sleeps = true;
+        self
+    }
+
+    /// vCPUs can be made to leave obsolete roots, and slots go that way.
+    pub(crate) fn reloads(mut self) -> Self {
+        self.reloads = true;
         self
     }
 
@@ -334,6 +343,13 @@ impl Host for TestHost {
     fn flush(&self, _request: &FlushRequest) {
         self.tlb.track(|_| {});
     }
+
+    fn reload_roots(&self) -> bool {
+        if self.reloads {
+            self.tlb.track(|_| {});
+        }
+        self.reloads
+    }
 }
 
 /// One MMU of one execution, with a root of level 2.
@@ -348,9 +364,26 @@ impl World {
         Self::bounded(host, 1)
     }
 
+    /// A world without slots whose next change of slots begins an age of MMIO entries. Nothing is freed before the end.
+    pub(crate) fn before_an_age() -> Self {
+        let host = TestHost::new();
+        let frames = host.frames.clone();
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .slot_generation((1 << 18) - 1);
+        let mmu = builder.garbage_bound(1 << 20).build().unwrap();
+        Self { mmu, frames }
+    }
+
     fn bounded(host: TestHost, garbage: usize) -> Self {
         let frames = host.frames.clone();
-        let builder = Mmu::builder(host).levels(Level::L2);
+        let slot_removal = match host.reloads {
+            true => SlotRemoval::InvalidateRoots,
+            false => SlotRemoval::Zap,
+        };
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .slot_removal(slot_removal);
         let mmu = builder.garbage_bound(garbage).build().unwrap();
         Self { mmu, frames }
     }
@@ -369,6 +402,27 @@ impl World {
     /// the collector more often than anywhere else.
     pub(crate) fn with_memory_and_patience(host: TestHost) -> Self {
         Self::bounded(host, 1 << 20).and_memory(ALL)
+    }
+
+    /// A world of one page, [`A`], whose writes are logged if `logged`; with rings of four entries if `rings`. Nothing is
+    /// freed before the end.
+    pub(crate) fn with_log(tracking: DirtyTracking, rings: bool, logged: bool) -> Self {
+        let host = TestHost::new();
+        let frames = host.frames.clone();
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .dirty_tracking(tracking)
+            .dirty_ring(if rings { 4 } else { 0 })
+            .garbage_bound(1 << 20);
+        let mmu = builder.build().unwrap();
+        let flags = if logged {
+            SlotFlags::LOG_DIRTY
+        } else {
+            SlotFlags::empty()
+        };
+        let slot = Slot::new(only(A), Backing::new()).with_flags(flags);
+        mmu.slots().insert(slot).unwrap();
+        Self { mmu, frames }
     }
 
     /// A running confidential guest, private throughout, with a slot over all frames. Nothing is freed before the end
@@ -542,9 +596,26 @@ pub(crate) struct Processor {
 impl Processor {
     /// Enters the guest, translates a frame, touches the page behind it, leaves.
     pub(crate) fn touch(&mut self, gfn: Gfn) {
-        let host = self.mmu.host();
         // Its TLB holds one translation, made below and gone at the end, so there is nothing to flush.
         let _ = self.tlb.enter();
+        self.translate_and_leave(gfn);
+    }
+
+    /// The same under the root that its vCPU has now, looked at once more on the way in.
+    pub(crate) fn touch_under_new_root(&mut self, vcpu: &mut Vcpu, gfn: Gfn) {
+        loop {
+            self.root = vcpu.load_root().unwrap().hpa.pfn();
+            let _ = self.tlb.enter();
+            if !vcpu.is_root_obsolete() {
+                break;
+            }
+            self.tlb.exit();
+        }
+        self.translate_and_leave(gfn);
+    }
+
+    fn translate_and_leave(&mut self, gfn: Gfn) {
+        let host = self.mmu.host();
         if let Some((pfn, _)) = translate(&host.frames, self.root, gfn)
             && let Some(page) = host.pages.get(pfn.0.wrapping_sub(OLD.0) as usize)
         {
@@ -555,6 +626,11 @@ impl Processor {
 
     /// Sets the dirty bit of a frame's leaf, as a write of the guest does, if the leaf permits writing.
     pub(crate) fn set_dirty(&mut self, gfn: Gfn) -> bool {
+        self.write(gfn, || {})
+    }
+
+    /// The same, and what the guest writes.
+    pub(crate) fn write(&mut self, gfn: Gfn, store: impl FnOnce()) -> bool {
         let frames = &self.mmu.host().frames;
         let _ = self.tlb.enter();
         let set = loop {
@@ -571,6 +647,9 @@ impl Processor {
                 break true;
             }
         };
+        if set {
+            store();
+        }
         self.tlb.exit();
         set
     }

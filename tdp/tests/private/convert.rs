@@ -1,7 +1,9 @@
 //! Conversion between the halves.
 
 use crate::rig::{GUEST, Rig, SPACE, fixed, private, shared};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, Visibility};
+use std::ops::ControlFlow;
+use tdp::protected::tdx::{Call, Operand, Status};
+use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, Steps, Visibility};
 
 #[test]
 fn conversion_takes_away_what_the_other_half_maps() {
@@ -105,4 +107,81 @@ fn ranges_that_make_no_sense_are_refused() {
         tdp::LinearBacking::new(tdp::Pfn(0), Level::L1),
     );
     assert!(rig.mmu.slots().insert(slot).is_err());
+}
+
+#[test]
+fn below_tables_that_are_there_no_leaf_spans_both_kinds_either() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let mut touch = |gfn: u64, at_most| match vcpu.fault(private(gfn).max_level(at_most)) {
+        Ok(Outcome::Fixed { level }) => level,
+        other => panic!("{other:?}"),
+    };
+    // Links all tables above.
+    assert_eq!(touch(0, Level::L2), Level::L2);
+    let share = |gfn: u64| {
+        let range = Gfn(gfn)..Gfn(gfn + 1);
+        rig.mmu.convert(SPACE, range, Visibility::Shared).unwrap();
+    };
+    share(512);
+    share(2047);
+    assert_eq!(touch(700, Level::L2), Level::L1);
+    assert_eq!(touch(1024 + 3, Level::L2), Level::L2);
+    assert_eq!(touch(2046, Level::L2), Level::L1);
+    // What the guest accepts, and what it accepted once.
+    assert_eq!(touch(2048 + 5, Level::L1), Level::L1);
+    assert_eq!(touch(2560 + 511, Level::L3), Level::L2);
+    let pages = rig.mmu.stats().pages;
+    assert_eq!(pages, [3, 3, 0]);
+    rig.check();
+}
+
+/// Private memory goes in steps as it goes in one: the same pages, the same tables, the same complaints.
+#[test]
+fn private_memory_is_removed_in_steps() {
+    let populated = || {
+        let rig = Rig::running(Level::L1);
+        let mut vcpu = rig.vcpu();
+        for n in (0..GUEST).step_by(97) {
+            assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+        }
+        drop(vcpu);
+        rig
+    };
+    let range = Gfn(100)..Gfn(GUEST - 100);
+    let rig = populated();
+    let whole = rig.mmu.zap_private(SPACE, range.clone()).unwrap();
+    assert!(whole.frames > 100 && whole.tables > 20);
+    let rig = populated();
+    let mut steps = Steps::new(range.clone(), 512).with_upper_tables();
+    let parts = steps.run(
+        |part| rig.mmu.zap_private(SPACE, part),
+        |_| ControlFlow::Continue(()),
+    );
+    assert_eq!(parts, Some(Ok(whole)));
+    rig.check();
+    // Some fail: the rest is removed and counted, as in one.
+    let rig = populated();
+    let pages = rig.mmu.stats().pages[0];
+    let mut blocks = 0u64;
+    rig.script.refuse(move |call| {
+        let is_block = call == Call::MemRangeBlock;
+        blocks += u64::from(is_block);
+        let refused = is_block && [1, 40, 90].contains(&blocks);
+        refused.then_some((Status::OperandInvalid, Operand::RCX))
+    });
+    let parts = Steps::new(Gfn(0)..Gfn(GUEST), 512).run(
+        |part| rig.mmu.zap_private(SPACE, part),
+        |_| ControlFlow::Continue(()),
+    );
+    rig.script.clear();
+    let Some(Err(ConvertError::Removal(error))) = parts else {
+        panic!("{parts:?}");
+    };
+    assert_eq!(error.first.place.gfn, Gfn(0));
+    let left = rig.mmu.stats().pages[0];
+    assert_eq!(error.removed.frames, pages - left);
+    assert_eq!(error.failed, 3);
+    assert!(left > 0 && left <= 3);
+    rig.check();
 }
