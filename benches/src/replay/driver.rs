@@ -10,7 +10,7 @@ use super::findings::{Difference, Findings};
 use super::host::TraceHost;
 use super::ledger::{Class, Episode, Ledger};
 use super::processor::{PHYSICAL_BITS, Processor};
-use super::scenario::Region;
+use super::scenario::{Region, Scenario};
 use super::spte::{self, Leaf};
 use super::step::{
     Answer, Fault, GuestAccess, Meets, NotYet, Operation, Recorded, SlotChange, Step,
@@ -20,13 +20,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use tdp::{
     AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mmu, MmuError, Outcome,
-    Slot, SlotError, SlotFlags, SlotId, TableMemory, TlbVcpu, Vcpu,
+    Slot, SlotError, SlotFlags, SlotId, SlotRemoval, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::WalkError;
 
 mod compare;
 mod copy;
+mod logs;
 mod observe;
 mod sweeps;
 
@@ -54,11 +55,21 @@ struct Machine<F: Processor> {
     mmu: Mmu<F, TraceHost>,
 }
 
+/// How KVM and its VM were set up.
+#[derive(Clone, Copy)]
+struct Settings {
+    mmio_caching: bool,
+    eager_split: bool,
+    slots_take_roots: bool,
+    nx_huge_pages: bool,
+    dirty_ring: u32,
+}
+
 /// See the module.
 pub struct Driver<F: Processor> {
     machine: Option<Machine<F>>,
     root: Level,
-    mmio_caching: bool,
+    settings: Settings,
     slots: BTreeMap<(u8, u32), Region>,
     left: Vec<Arc<OnceLock<usize>>>,
     ledger: Ledger,
@@ -74,12 +85,19 @@ fn space(as_id: u8) -> AddressSpaceId {
 
 impl<F: Processor> Driver<F> {
     /// A driver with nothing mapped; `findings` names the scenario.
-    pub fn new(mmio_caching: bool, findings: Findings) -> Self {
+    pub fn new(scenario: &Scenario, findings: Findings) -> Self {
+        let settings = Settings {
+            mmio_caching: scenario.mmio_caching,
+            eager_split: scenario.eager_split,
+            slots_take_roots: scenario.slots_take_roots,
+            nx_huge_pages: scenario.nx_huge_pages,
+            dirty_ring: 0,
+        };
         let (root, slots, left) = (Level::L4, BTreeMap::new(), Vec::new());
         Self {
             machine: None,
             root,
-            mmio_caching,
+            settings,
             slots,
             left,
             ledger: Ledger::default(),
@@ -101,7 +119,9 @@ impl<F: Processor> Driver<F> {
                 if roots {
                     let view = self.view(&everything());
                     self.slot(seq, &change)?;
-                    self.machine()?.mmu.invalidate_roots().finish();
+                    if !self.settings.slots_take_roots {
+                        self.machine()?.mmu.invalidate_roots().finish();
+                    }
                     self.enter_removal(&view);
                 } else {
                     let ranges = self.reach_of_slot(&change);
@@ -114,13 +134,20 @@ impl<F: Processor> Driver<F> {
             }
             Step::Access(access) => self.access(access)?,
             Step::Fault(fault) => self.fault(fault, expected)?,
-            &Step::NotYetFault { reason, ahead, .. } => self.findings.fault_not_yet(reason, ahead),
             &Step::OutsideFault(rule) => self.findings.fault_outside(rule),
             &Step::GiveUpRoot(as_id) => self.give_up_root(as_id)?,
             Step::Age { ranges, clears } => self.age(ranges, *clears)?,
+            &Step::NxHugePages(on) => self.nx_huge_pages(on)?,
+            &Step::RecoverNx(count) => self.recover_nx(count)?,
+            &Step::DirtyRing(entries) => self.settings.dirty_ring = entries,
+            &Step::MarkDirty { as_id, slot, page } => self.mark_dirty(as_id, slot, page),
+            Step::DirtyLog { seq, op } => self.dirty_log(*seq, op)?,
+            &Step::Sweep { as_id, gfn, level } => self.sweep(as_id, gfn, level)?,
+            Step::Collapse(range) => self.collapse(range)?,
             &Step::TrackWrites { as_id, gfn } => self.track_writes(as_id, gfn)?,
             &Step::NotYetOperation(reason) => self.not_yet(reason),
             Step::Sync(range) => self.sync(range, expected)?,
+            Step::Follow(rule, range) => self.follow(*rule, range, expected)?,
             Step::Verify {
                 seq,
                 operation,
@@ -190,7 +217,15 @@ impl<F: Processor> Driver<F> {
                 .levels(self.root)
                 .address_spaces(ADDRESS_SPACES)
                 .physical_bits(PHYSICAL_BITS)
-                .mmio_caching(self.mmio_caching)
+                .mmio_caching(self.settings.mmio_caching)
+                .eager_split(self.settings.eager_split)
+                .slot_removal(if self.settings.slots_take_roots {
+                    SlotRemoval::InvalidateRoots
+                } else {
+                    SlotRemoval::Zap
+                })
+                .nx_huge_pages(self.settings.nx_huge_pages)
+                .dirty_ring(self.settings.dirty_ring)
                 .build()?;
             for region in self.slots.values() {
                 mmu.slots().insert(slot_of(region))?;
@@ -560,5 +595,7 @@ fn flags_of(region: &Region) -> SlotFlags {
     let mut flags = SlotFlags::empty();
     flags.set(SlotFlags::READ_ONLY, region.read_only);
     flags.set(SlotFlags::LOG_DIRTY, region.log_dirty);
+    flags.set(SlotFlags::LOG_MANUAL, region.log_manual);
+    flags.set(SlotFlags::LOG_INITIALLY_SET, region.log_initially_set);
     flags
 }

@@ -242,20 +242,16 @@ pub struct Findings {
     pub levels: u8,
     /// Events read.
     pub events: u64,
-    /// Guest page faults replayed: matched, not yet and unexplained together.
+    /// Guest page faults replayed.
     pub faults: u64,
     /// Faults that went as recorded.
     pub matched: u64,
-    /// Faults that belong to a sweep.
-    pub not_yet: u64,
     /// Everything that differs: faults, operations, what was mapped, the trace itself.
     pub unexplained: u64,
     /// Faults by how they went.
     pub faults_by_outcome: BTreeMap<Recorded, Tally>,
     /// Faults that a rule puts outside of the library, by rule.
     pub faults_by_rule: BTreeMap<Rule, u64>,
-    /// Faults that belong to a sweep, by which.
-    pub faults_not_yet: BTreeMap<NotYet, u64>,
     /// Operations on the MMU.
     pub operations: Tally,
     /// The same by kind.
@@ -266,6 +262,8 @@ pub struct Findings {
     pub transitions: Transitions,
     /// Guest accesses made on software vCPUs.
     pub accesses: u64,
+    /// Entries that a fault had changed between the library's sweep and KVM's, where the library swept again.
+    pub swept_again: u64,
     /// Times that everything mapped was compared.
     pub comparisons: u64,
     /// Times that tables, MMIO entries and permissions were compared as well.
@@ -331,16 +329,6 @@ impl Findings {
             .entry(recorded)
             .or_default()
             .count(matched);
-    }
-
-    /// Counts a fault, or what was mapped ahead, that belongs to a sweep.
-    pub fn fault_not_yet(&mut self, reason: NotYet, ahead: bool) {
-        if ahead {
-            return self.operation_not_yet(Operation::PreFault, reason);
-        }
-        self.faults += 1;
-        self.not_yet += 1;
-        *self.faults_not_yet.entry(reason).or_default() += 1;
     }
 
     /// Counts a fault that is no business of the library's.
@@ -416,8 +404,7 @@ impl Summary {
         }
         let by_rule: u64 = findings.faults_by_rule.values().sum();
         self.faults.add(&Tally {
-            total: findings.not_yet + by_rule,
-            not_yet: findings.not_yet,
+            total: by_rule,
             by_rule,
             ..Tally::default()
         });

@@ -62,7 +62,7 @@ struct Account {
     recorded: Vec<Item>,
     ours: Vec<Item>,
     /// Recorded changes that the library was made to follow.
-    copied: Vec<Item>,
+    copied: Vec<(Item, Option<Rule>)>,
 }
 
 /// See the module.
@@ -150,15 +150,16 @@ impl Ledger {
         self.enter(tally, episode, key);
     }
 
-    /// The library was made to change an entry as recorded.
-    pub fn copied(&mut self, key: Key, transition: Transition) {
+    /// The library was made to change an entry as recorded: because of `rule`, or for want of an operation.
+    pub fn copied(&mut self, key: Key, transition: Transition, rule: Option<Rule>) {
         let Some(account) = self.open.get_mut(&key) else {
             return;
         };
         // What is copied is the state after the last recorded change.
         let last = account.recorded.last();
         if last.is_some_and(|last| last.transition.to.is_same_mapping(&transition.to)) {
-            account.copied.append(&mut account.recorded);
+            let recorded = account.recorded.drain(..);
+            account.copied.extend(recorded.map(|item| (item, rule)));
         }
     }
 
@@ -193,7 +194,14 @@ impl Ledger {
             let own = |item: &mut Item| item.episode == episode;
             let recorded: Vec<Item> = account.recorded.extract_if(.., own).collect();
             let ours: Vec<Item> = account.ours.extract_if(.., own).collect();
-            let copied = account.copied.extract_if(.., own).count() as u64;
+            let own = |(item, _): &mut (Item, _)| item.episode == episode;
+            for (_, rule) in account.copied.extract_if(.., own) {
+                match (rule, class) {
+                    (Some(rule), _) | (None, Class::Outside(rule)) => tally.explained(rule, 1),
+                    (None, Class::NotYet(reason)) => tally.put_off(reason, 1),
+                    (None, Class::Compared | Class::Fault) => tally.put_off(NotYet::Copied, 1),
+                }
+            }
             if account.is_empty() {
                 self.open.remove(&key);
             }
@@ -205,13 +213,6 @@ impl Ledger {
                 in_fault: class == Class::Fault,
             };
             let (count, extra) = (recorded.len() as u64, ours.len() as u64);
-            if copied > 0 {
-                match class {
-                    Class::Compared | Class::Fault => tally.put_off(NotYet::Copied, copied),
-                    Class::NotYet(reason) => tally.put_off(reason, copied),
-                    Class::Outside(rule) => tally.explained(rule, copied),
-                }
-            }
             match class {
                 _ if count + extra == 0 => {}
                 // What the library did all the same is judged by itself.

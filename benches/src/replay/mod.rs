@@ -137,7 +137,7 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
         format: F::NAME.to_owned(),
         ..Findings::default()
     };
-    let mut driver = Driver::<F>::new(scenario.mmio_caching, findings);
+    let mut driver = Driver::<F>::new(&scenario, findings);
     let mut story = Story::new(scenario);
     let start = Instant::now();
     let (mut events, mut faults, mut cut) = (0, 0, false);
@@ -185,7 +185,6 @@ fn show(output: &Output, summary: &Summary) {
         "not yet",
         "unexplained",
         "faults",
-        "not yet",
         "operations",
         "not yet",
         "leaked",
@@ -201,7 +200,6 @@ fn show(output: &Output, summary: &Summary) {
             changes.not_yet.values().sum(),
             found.unexplained,
             found.faults,
-            found.not_yet,
             found.operations.total,
             found.operations.not_yet,
             found.leaked_frames,

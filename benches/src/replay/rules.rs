@@ -19,6 +19,12 @@ pub enum Rule {
     MmioGoesWithItsTable,
     /// A fault that finds its page mapped makes the leaf anew without its dirty bit.
     DirtyBitKept,
+    /// A large leaf, or a table in its place, is taken away by the fault that then maps a smaller page.
+    LargeLeafIsSplit,
+    /// Tables are taken away when a log ends, to be mapped large by later faults.
+    CollapseInPlace,
+    /// The accessed and dirty bits of a leaf that was put together.
+    CollapseKeepsUse,
     /// What a root held that was given up for another one.
     OneRootPerSpace,
     /// Tables and faults of a nested guest.
@@ -27,11 +33,14 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::EmptyEntrySealed,
         Self::FrozenIsTransient,
         Self::MmioGoesWithItsTable,
         Self::DirtyBitKept,
+        Self::LargeLeafIsSplit,
+        Self::CollapseInPlace,
+        Self::CollapseKeepsUse,
         Self::OneRootPerSpace,
         Self::NestedGuest,
     ];
@@ -52,6 +61,18 @@ impl Rule {
             Self::DirtyBitKept => {
                 "KVM up to 6.12 writes a leaf again that is there already, and forgets its dirty bit; the library finds \
                  the fault spurious and changes nothing, as KVM 6.18 does"
+            }
+            Self::LargeLeafIsSplit => {
+                "KVM before 6.2 takes a large leaf away when only a part of it may be mapped on, and refills it fault by \
+                 fault; the library splits it in place, as later kernels do (the replay follows the record)"
+            }
+            Self::CollapseInPlace => {
+                "KVM up to 6.12 zaps tables when a log ends and lets faults map large pages; the library collapses them \
+                 in place, as KVM 6.18 does (the replay follows the record)"
+            }
+            Self::CollapseKeepsUse => {
+                "KVM makes a large leaf of the first small one, and forgets what the others say of their use; the \
+                 library's is accessed or dirty if any of them was"
             }
             Self::OneRootPerSpace => {
                 "KVM makes a root for every mode of a processor, and takes an unused one down whenever its last user lets \
@@ -90,6 +111,9 @@ impl Leftover {
             (Some(recorded), None) if in_fault && forgets_dirty(&recorded) => {
                 Some(Rule::DirtyBitKept)
             }
+            (Some(recorded), Some(ours)) if gathers_use(&recorded, &ours) => {
+                Some(Rule::CollapseKeepsUse)
+            }
             (
                 None,
                 Some(Transition {
@@ -100,6 +124,18 @@ impl Leftover {
             _ => None,
         }
     }
+}
+
+/// Whether both put the same leaf in the place of a table, and the library's says more of its use.
+fn gathers_use(recorded: &Transition, ours: &Transition) -> bool {
+    let (Entry::Table, Entry::Leaf(leaf), Entry::Table, Entry::Leaf(own)) =
+        (recorded.from, recorded.to, ours.from, ours.to)
+    else {
+        return false;
+    };
+    recorded.to.is_same_mapping(&ours.to)
+        && own.accessed >= leaf.accessed
+        && own.dirty >= leaf.dirty
 }
 
 /// Whether all that happened to a leaf is that it is not dirty any more.

@@ -5,7 +5,7 @@ use super::entry::Transition;
 use super::expect::Contradiction;
 use super::ledger::{Class, Episode, Key};
 use super::rules::Rule;
-use super::scenario::Region;
+use super::scenario::{Op, Region};
 use super::spte::Leaf;
 use super::trace::SpaceRange;
 use serde::Serialize;
@@ -168,16 +168,8 @@ pub struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NotYet {
-    /// Write protection for the dirty log, its repair, and splits because of it.
-    DirtyLogging,
-    /// Huge pages that may not be executed.
-    NxHugePages,
-    /// Huge pages put together again in place.
-    Collapse,
-    /// Huge pages split ahead of need.
-    EagerSplit,
-    /// Entries removed for a reason that the trace does not tell: recovery of huge pages, mostly.
-    Recovery,
+    /// Entries removed for a reason that the trace does not tell.
+    Removal,
     /// Another change that no fault made.
     OtherSweep,
     /// Copied from the record together with something that could not be compared.
@@ -208,6 +200,18 @@ pub enum Operation {
     Age,
     /// Writes to a frame are tracked from now on.
     TrackWrites,
+    /// The dirty log of a slot was read.
+    GetDirtyLog,
+    /// Marks of a slot's dirty log were cleared.
+    ClearDirtyLog,
+    /// The dirty rings were harvested and reset.
+    ResetDirtyRings,
+    /// Executable large pages were forbidden or permitted.
+    NxHugePages,
+    /// Tables that stood for fetches were taken away.
+    RecoverNx,
+    /// Tables were checked for becoming large pages again.
+    Collapse,
     /// The VM went away.
     Teardown,
     /// Something that a later sweep does.
@@ -261,15 +265,6 @@ pub enum Step {
     Access(GuestAccess),
     /// A fault is resolved.
     Fault(Fault),
-    /// A fault that cannot be compared yet; the library is brought into the recorded state by [`Step::Sync`].
-    NotYetFault {
-        /// Position in the trace.
-        seq: u64,
-        /// Why.
-        reason: NotYet,
-        /// Not a fault of a guest, but memory mapped ahead.
-        ahead: bool,
-    },
     /// A fault that is no business of the library's.
     OutsideFault(Rule),
     /// The root of an address space is given up for a new one.
@@ -288,10 +283,45 @@ pub enum Step {
         /// The frame, or any of a large page.
         gfn: u64,
     },
+    /// Large pages may not be executed from now on, or may.
+    NxHugePages(bool),
+    /// As many tables that stand for fetches only are taken away.
+    RecoverNx(usize),
+    /// Each vCPU has a dirty ring of this many entries.
+    DirtyRing(u32),
+    /// A page of a slot was written, and not by the guest.
+    MarkDirty {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// The page, counted from the slot's first.
+        page: u64,
+    },
+    /// An operation on the dirty log.
+    DirtyLog {
+        /// Position in the trace.
+        seq: u64,
+        /// Which.
+        op: Op,
+    },
+    /// A sweep of KVM's has come to this entry. If the library has been there already, nothing is to be done.
+    Sweep {
+        /// Address space.
+        as_id: u8,
+        /// First frame.
+        gfn: u64,
+        /// Level.
+        level: u8,
+    },
+    /// Tables over a range may become large pages, where the host has large pages.
+    Collapse(SpaceRange),
     /// An operation that cannot be compared yet.
     NotYetOperation(NotYet),
     /// Bring the library into the recorded state in this range, because it has no means of its own for the change.
     Sync(SpaceRange),
+    /// The same, because a rule says that the library does otherwise.
+    Follow(Rule, SpaceRange),
     /// An operation is complete: what the library maps in these ranges must be what is recorded.
     Verify {
         /// Position in the trace.

@@ -44,6 +44,10 @@ struct OpenOp {
     slot: Option<SlotChange>,
     /// Where that slot is, or was.
     region: Option<Region>,
+    /// Where a log ended.
+    unlogged: Option<Region>,
+    /// Executable large pages have yet to be forbidden or permitted.
+    nx: Option<bool>,
 }
 
 /// What one thread is in the middle of.
@@ -59,6 +63,8 @@ struct Thread {
     /// Frames whose accessed bits the host asks for, and whether it clears them.
     age: Option<(Vec<SpaceRange>, bool)>,
     sweeps: BTreeSet<NotYet>,
+    /// Tables that it took away without a known reason.
+    recovered: usize,
     nested_paging: bool,
     left_nested: bool,
     /// It made a root for an address space that had one.
@@ -79,6 +85,8 @@ pub struct Story {
     threads: BTreeMap<u32, Thread>,
     in_smm: HashMap<u32, bool>,
     slots: HashMap<(u8, u32), Region>,
+    /// Flags that every logged slot has from now on: manual, initially set.
+    log_flags: (bool, bool),
     stamps: Stamps,
     root_level: u8,
     seq: u64,
@@ -102,6 +110,7 @@ impl Story {
             threads: BTreeMap::new(),
             in_smm: HashMap::new(),
             slots: HashMap::new(),
+            log_flags: (false, false),
             stamps: Stamps::default(),
             root_level: 0,
             seq: 0,
@@ -165,6 +174,7 @@ impl Story {
             }
             &Event::SetSpte { gfn, level, spte } => self.check_made(t, gfn, level, spte),
             &Event::MarkMmio(gfn) => self.check_marked(t, gfn),
+            &Event::MarkDirty { as_id, slot, gfn } => self.mark_dirty(t, as_id, slot, gfn),
             Event::FastFault(fast) => self.fast_fault(t, fast),
             &Event::Root(level) if level > self.root_level => self.root(level),
             // Below a root of level 5, a table of level 4 is no root.
@@ -366,8 +376,7 @@ impl Story {
                 .slots
                 .values()
                 .any(|region| region.read_only && in_slot(region));
-            let conclusion =
-                fault.no_effect(end, leaf, mmio, read_only, self.expected.nx_huge_pages);
+            let conclusion = fault.no_effect(end, leaf, mmio, read_only);
             self.conclude(t, conclusion);
         }
         self.thread(t).fault = None;
@@ -385,12 +394,17 @@ impl Story {
             self.execute_unmap(t, &mut unmap);
             self.verify_unmap(unmap);
         }
-        let removed = std::mem::take(&mut self.thread(t).removed);
-        if !removed.is_empty() {
+        let thread = self.thread(t);
+        let removed = std::mem::take(&mut thread.removed);
+        let recovered = std::mem::take(&mut thread.recovered);
+        if recovered > 0 {
+            self.by(t);
+            self.steps.push(Step::RecoverNx(recovered));
+        } else if !removed.is_empty() {
             if self.expected.maps_nothing() {
                 self.teardown(t, removed);
             } else {
-                self.sweeps(t, NotYet::Recovery);
+                self.sweeps(t, NotYet::Removal);
                 for (as_id, leaf) in removed {
                     self.sync(as_id, leaf.gfn, leaf.level);
                 }

@@ -165,6 +165,15 @@ pub enum Event {
         /// It cleared them.
         clears: bool,
     },
+    /// A page of a logged slot was marked dirty.
+    MarkDirty {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// Guest frame.
+        gfn: u64,
+    },
     /// A vCPU enters or leaves system-management mode.
     Smm {
         /// Number of the vCPU.

@@ -8,14 +8,34 @@ use super::{Driver, Machine, Stop, space};
 use crate::replay::entry::{Entry, LeafBits};
 use crate::replay::expect::{Expected, Space};
 use crate::replay::processor::Processor;
+use crate::replay::rules::Rule;
 use crate::replay::trace::SpaceRange;
 use tdp::{Access, Gfn, GfnRange, Level, Mapping, Perms, Pfn};
 
 impl<F: Processor> Driver<F> {
     /// Copies a range from the record.
     pub(super) fn sync(&mut self, range: &SpaceRange, expected: &Expected) -> Result<(), Stop> {
+        self.copied(range, expected, None)
+    }
+
+    /// The same where a rule says that the library does otherwise.
+    pub(super) fn follow(
+        &mut self,
+        rule: Rule,
+        range: &SpaceRange,
+        expected: &Expected,
+    ) -> Result<(), Stop> {
+        self.copied(range, expected, Some(rule))
+    }
+
+    fn copied(
+        &mut self,
+        range: &SpaceRange,
+        expected: &Expected,
+        rule: Option<Rule>,
+    ) -> Result<(), Stop> {
         self.machine()?;
-        self.observed(&[*range], Doing::Copied, |driver| {
+        self.observed(&[*range], Doing::Copied(rule), |driver| {
             driver.copy(range, expected)
         })
     }

@@ -8,6 +8,7 @@ use super::{Driver, Stop, space};
 use crate::replay::entry::{Entry, Transition, pages};
 use crate::replay::ledger::{Key, removal};
 use crate::replay::processor::Processor;
+use crate::replay::rules::Rule;
 use crate::replay::trace::{ADDRESS_SPACES, SpaceRange};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -17,8 +18,8 @@ use std::collections::BTreeMap;
 pub(super) enum Doing {
     /// The library's, by the operation that was recorded.
     Library,
-    /// The driver's, which copied the record.
-    Copied,
+    /// The driver's, which copied the record: because of a rule, or for want of an operation.
+    Copied(Option<Rule>),
 }
 
 /// Entries as they stand, tables before what they hold: address space, first frame, level to raw value and meaning.
@@ -149,7 +150,7 @@ impl<F: Processor> Driver<F> {
                 self.ledger
                     .ours(tally, self.episode, self.seq, key, transition);
             }
-            Doing::Copied => self.ledger.copied(key, transition),
+            Doing::Copied(rule) => self.ledger.copied(key, transition, rule),
         }
     }
 }

@@ -162,13 +162,13 @@ fn the_processors_bits_count_as_far_as_they_were_changed() {
 fn what_is_copied_is_put_off_and_never_matched() {
     let (mut ledger, mut tally) = (Ledger::default(), Transitions::default());
     ledger.recorded(&mut tally, 1, 0, key(1), made(LEAF));
-    ledger.copied(key(1), made(LEAF));
-    ledger.copied(key(2), made(LEAF));
+    ledger.copied(key(1), made(LEAF), None);
+    ledger.copied(key(2), made(LEAF), None);
     assert!(ledger.is_settled());
-    let put_off = Class::NotYet(NotYet::Recovery);
+    let put_off = Class::NotYet(NotYet::Removal);
     assert_eq!(ledger.settle(&mut tally, 1, put_off), []);
     assert_eq!((tally.total, tally.matched, tally.unexplained), (1, 0, 0));
-    assert_eq!(tally.not_yet.get(&NotYet::Recovery), Some(&1));
+    assert_eq!(tally.not_yet.get(&NotYet::Removal), Some(&1));
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn what_the_library_does_beside_something_put_off_is_judged() {
     let (mut ledger, mut tally) = (Ledger::default(), Transitions::default());
     ledger.recorded(&mut tally, 1, 0, key(1), made(LEAF));
     ledger.ours(&mut tally, 1, 0, key(2), made(LEAF));
-    let put_off = Class::NotYet(NotYet::Recovery);
+    let put_off = Class::NotYet(NotYet::Removal);
     assert_eq!(ledger.settle(&mut tally, 1, put_off).len(), 1);
     assert_eq!(tally.unexplained, 1);
 }

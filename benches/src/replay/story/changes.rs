@@ -4,7 +4,7 @@ use super::{Story, Thread};
 use crate::replay::entry::{Entry, Transition};
 use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
 use crate::replay::ledger::Key;
-use crate::replay::pending::{Conclusion, Guest};
+use crate::replay::pending::Guest;
 use crate::replay::rules::Rule;
 use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
@@ -45,7 +45,7 @@ impl Story {
             if let Some(fault) =
                 covers.filter(|f| !f.concluded && from != Kind::Table && to != Kind::Table)
             {
-                self.conclude(t, fault.effect(None, None, false, false));
+                self.conclude(t, fault.effect(None, None, false));
             }
             return;
         }
@@ -67,19 +67,19 @@ impl Story {
             return;
         }
         if matches!(to, Kind::None | Kind::Frozen) {
-            // Older kernels remove a huge page that is write-protected, and the same fault maps smaller ones.
-            let conclusion = covers
-                .filter(|f| !f.concluded)
-                .map(|f| f.effect(before, before, false, false));
-            if let Some(conclusion @ Conclusion::NotYet(_)) = conclusion {
-                self.conclude(t, conclusion);
-                self.sync(as_id, start, level);
+            let own = covers.is_some_and(|fault| !fault.concluded);
+            let leaf = Leaf {
+                gfn: start,
+                level,
+                spte: change.old,
+            };
+            if own && level > 1 && from != Kind::Mmio {
+                self.follow(Rule::LargeLeafIsSplit, as_id, start, level);
+            } else if from == Kind::Table && self.is_unlogging(t, as_id, start) {
+                self.follow(Rule::CollapseInPlace, as_id, start, level);
+            } else if from == Kind::Table && self.is_recovering(t) {
+                self.thread(t).recovered += 1;
             } else if from != Kind::Mmio {
-                let leaf = Leaf {
-                    gfn: start,
-                    level,
-                    spte: change.old,
-                };
                 self.removed(
                     t,
                     as_id,
@@ -102,26 +102,50 @@ impl Story {
                 let before = fault.split.or(before);
                 let after = self.expected.leaf_at(fault.space, fault.gfn());
                 let mmio = self.expected.is_mmio(fault.space, fault.gfn());
-                let conclusion = fault.effect(before, after, mmio, self.expected.nx_huge_pages);
+                let conclusion = fault.effect(before, after, mmio);
                 self.conclude(t, conclusion);
-                if matches!(conclusion, Conclusion::NotYet(_)) {
-                    self.sync(as_id, start, level);
-                }
             }
             // A second change of the same fault, below a split.
-            Some(_) => self.sync_visible(change),
+            Some(_) => {}
             None if tracks_writes(change, from, to) => {
                 let gfn = change.gfn;
                 self.steps.push(Step::TrackWrites { as_id, gfn });
             }
             // Part of what the host asked for.
             None if self.thread(t).age.is_some() && ages(change, from, to) => {}
+            None if is_sweep(change, from, to) => {
+                let gfn = change.gfn;
+                self.steps.push(Step::Sweep { as_id, gfn, level });
+            }
             None => {
-                let reason = sweep(change, from, to);
-                self.sweeps(t, reason);
+                self.sweeps(t, NotYet::OtherSweep);
                 self.sync_visible(change);
             }
         }
+    }
+
+    /// The library does otherwise by a rule, and is made to follow the record.
+    fn follow(&mut self, rule: Rule, as_id: u8, gfn: u64, level: u8) {
+        let range = SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + pages(level),
+        };
+        self.steps.push(Step::Follow(rule, range));
+    }
+
+    /// Whether `t` is switching the log of the slot at `gfn` off.
+    fn is_unlogging(&mut self, t: u32, as_id: u8, gfn: u64) -> bool {
+        let op = self.thread(t).op.as_ref();
+        op.and_then(|op| op.unlogged.as_ref())
+            .is_some_and(|r| r.as_id == as_id && (r.gfn..r.gfn + r.pages).contains(&gfn))
+    }
+
+    /// Whether `t` takes tables away for no reason but that they stand for fetches.
+    fn is_recovering(&mut self, t: u32) -> bool {
+        let nx_huge_pages = self.expected.nx_huge_pages;
+        let thread = self.thread(t);
+        nx_huge_pages && thread.op.is_none() && thread.unmap.is_none() && thread.vcpu.is_none()
     }
 
     /// Enters a change into the books, with what follows from it that KVM does not record.
@@ -269,20 +293,21 @@ fn ages(change: &Change, from: Kind, to: Kind) -> bool {
         && change.new & !change.old == 0
 }
 
-/// What kind of sweep makes such a change without a fault.
-fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
-    let leaf = |spte| Leaf {
-        gfn: change.gfn,
-        level: change.level,
-        spte,
-    };
+/// Whether a sweep that the library has makes such a change: splitting, collapsing, taking write permission.
+fn is_sweep(change: &Change, from: Kind, to: Kind) -> bool {
     match (from, to) {
-        (Kind::Leaf, Kind::Table) => NotYet::EagerSplit,
-        (Kind::Table, Kind::Leaf) => NotYet::Collapse,
-        (Kind::Leaf, Kind::Leaf) => match (leaf(change.old), leaf(change.new)) {
-            (old, new) if old.is_writable() != new.is_writable() => NotYet::DirtyLogging,
-            _ => NotYet::OtherSweep,
-        },
-        _ => NotYet::OtherSweep,
+        (Kind::Leaf, Kind::Table) | (Kind::Table, Kind::Leaf) => true,
+        (Kind::Leaf, Kind::Leaf) => {
+            let writable = |spte| {
+                let leaf = Leaf {
+                    gfn: change.gfn,
+                    level: change.level,
+                    spte,
+                };
+                (leaf.is_writable(), leaf.is_mmu_writable())
+            };
+            (writable(change.old), writable(change.new)) == ((true, true), (false, true))
+        }
+        _ => false,
     }
 }

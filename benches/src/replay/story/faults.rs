@@ -5,7 +5,7 @@ use crate::replay::expect::{Contradiction, NOBODY, Place, Space, Wrong};
 use crate::replay::ledger::Class;
 use crate::replay::pending::{Conclusion, End, Guest, Pending, Requested};
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::{Code, GuestAccess, Meets, NotYet, Operation, Step};
+use crate::replay::step::{Code, GuestAccess, Meets, Operation, Step};
 use crate::replay::trace::{Change, FastFault, SpaceRange};
 
 impl Story {
@@ -168,10 +168,7 @@ impl Story {
         };
         let leaf = self.expected.leaf_at(fault.space, fault.gfn());
         if fault.is_satisfied(leaf) {
-            self.conclude(
-                t,
-                fault.effect(leaf, leaf, false, self.expected.nx_huge_pages),
-            );
+            self.conclude(t, fault.effect(leaf, leaf, false));
         }
     }
 
@@ -182,8 +179,7 @@ impl Story {
         };
         if fault.split.is_some() {
             let after = self.expected.leaf_at(fault.space, fault.gfn());
-            let nx = self.expected.nx_huge_pages;
-            self.conclude(t, fault.effect(fault.split, after, false, nx));
+            self.conclude(t, fault.effect(fault.split, after, false));
         }
     }
 
@@ -205,39 +201,18 @@ impl Story {
         fault.concluded = true;
         let fault = *fault;
         self.faults_since_compare += 1;
-        let gfn = fault.gfn();
         self.by(t);
         match conclusion {
-            Conclusion::Outside(rule) => self.thread(t).class = Class::Outside(rule),
-            Conclusion::NotYet(reason) => self.put_off(t, reason),
-            Conclusion::Compare(..) => {
+            Conclusion::Outside(rule) => {
+                self.thread(t).class = Class::Outside(rule);
+                self.steps.push(Step::OutsideFault(rule));
+            }
+            Conclusion::Compare(answer, recorded) => {
                 let class = &mut self.thread(t).class;
                 if *class == Class::Compared {
                     *class = Class::Fault;
                 }
-            }
-        }
-        match conclusion {
-            Conclusion::Outside(rule) => self.steps.push(Step::OutsideFault(rule)),
-            Conclusion::NotYet(reason) => {
-                self.steps.push(Step::NotYetFault {
-                    seq: fault.seq,
-                    reason,
-                    ahead: fault.ahead,
-                });
-                if let Some(huge) = fault.split {
-                    self.sync(fault.space.as_id(), huge.gfn, huge.level);
-                }
-            }
-            Conclusion::Compare(answer, recorded) => {
                 self.steps.push(Step::Fault(fault.step(answer, recorded)));
-                // The permissions that a sweep's policy took away are copied.
-                let leaf = self.expected.leaf_at(fault.space, gfn);
-                if let Some(leaf) =
-                    leaf.filter(|l| !l.is_executable() || l.is_writable() != l.is_host_writable())
-                {
-                    self.sync(fault.space.as_id(), leaf.gfn, leaf.level);
-                }
             }
         }
     }
@@ -249,6 +224,7 @@ impl Story {
         let space = space.unwrap_or_else(|| Space::normal(self.space_of(vcpu)));
         let level = fast.level.max(1);
         let gfn = spte::align(fast.gpa >> 12, level);
+        let before = self.expected.leaf_at(space, gfn);
         if fast.fixed {
             let repaired = Leaf {
                 gfn,
@@ -278,12 +254,12 @@ impl Story {
             self.stamps
                 .note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
             self.changed_since_compare = true;
-            if !space.is_nested() {
-                self.sync(space.as_id(), gfn, level);
-            }
         }
-        if (fast.fixed || fast.spurious) && self.thread(t).fault.is_some_and(|f| !f.concluded) {
-            self.conclude(t, Conclusion::NotYet(NotYet::DirtyLogging));
+        let open = self.thread(t).fault.filter(|fault| !fault.concluded);
+        if let Some(fault) = open.filter(|_| fast.fixed || fast.spurious) {
+            let after = self.expected.leaf_at(space, gfn);
+            let before = if fast.fixed { before } else { after };
+            self.conclude(t, fault.effect(before, after, false));
         }
     }
 

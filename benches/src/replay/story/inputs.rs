@@ -4,9 +4,12 @@ use super::{OpenOp, Story, Unmap};
 use crate::replay::expect::Space;
 use crate::replay::pending::Pending;
 use crate::replay::scenario::Op;
-use crate::replay::step::{NotYet, Operation, SlotChange, Step};
+use crate::replay::step::{Operation, SlotChange, Step};
 use crate::replay::trace::SpaceRange;
 use std::collections::BTreeSet;
+
+/// Bytes of an entry of KVM's dirty rings.
+const DIRTY_RING_ENTRY: u64 = 16;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
@@ -19,9 +22,14 @@ impl Story {
             op,
             slot: None,
             region: None,
+            unlogged: None,
+            nx: None,
         };
         match open.op {
-            Op::SetRegion(region) => {
+            Op::SetRegion(mut region) => {
+                if region.log_dirty {
+                    (region.log_manual, region.log_initially_set) = self.log_flags;
+                }
                 let old = self.slots.get(&(region.as_id, region.slot)).copied();
                 match old {
                     None if region.pages == 0 => {}
@@ -34,19 +42,29 @@ impl Story {
                         (open.slot, open.region) = (Some(SlotChange::Move(region)), Some(old));
                     }
                     Some(old) if old != region => {
-                        if old.log_dirty != region.log_dirty {
-                            self.sweeps(t, NotYet::DirtyLogging);
-                        }
                         self.slot(t, SlotChange::Flags(region));
+                        if old.log_dirty && !region.log_dirty {
+                            open.unlogged = Some(region);
+                        }
                     }
                     Some(_) => {}
                 }
             }
             Op::PreFault { vcpu } => self.thread(t).vcpu = Some(vcpu),
-            Op::DirtyLog => {
-                self.sweeps(t, NotYet::DirtyLogging);
+            Op::GetDirtyLog { .. } | Op::ClearDirtyLog { .. } | Op::ResetDirtyRings { .. } => {
+                let (seq, op) = (self.seq, open.op.clone());
+                self.by(t);
+                self.steps.push(Step::DirtyLog { seq, op });
             }
-            Op::NxHugePages(on) => self.expected.nx_huge_pages = on,
+            Op::ManualDirtyLog(bits) => self.log_flags = (bits & 1 != 0, bits & 3 == 3),
+            Op::DirtyRing(bytes) => {
+                let entries = u32::try_from(bytes / DIRTY_RING_ENTRY).unwrap_or(0);
+                self.steps.push(Step::DirtyRing(entries));
+            }
+            Op::NxHugePages(on) => {
+                self.expected.nx_huge_pages = on;
+                open.nx = Some(on);
+            }
             Op::Other => {}
         }
         self.thread(t).op = Some(open);
@@ -55,11 +73,23 @@ impl Story {
 
     pub(super) fn end(&mut self, t: u32) {
         self.begin_slot_change(t);
-        if let Some(OpenOp {
-            op: Op::SetRegion(_),
-            ..
-        }) = self.thread(t).op.take()
-        {
+        let Some(op) = self.thread(t).op.take() else {
+            return;
+        };
+        if let Some(on) = op.nx {
+            self.by(t);
+            self.steps.push(Step::NxHugePages(on));
+        }
+        if let Some(region) = op.unlogged {
+            self.by(t);
+            self.steps.push(Step::Collapse(SpaceRange {
+                as_id: region.as_id,
+                start: region.gfn,
+                end: region.gfn + region.pages,
+            }));
+        }
+        self.settle_episode(t);
+        if let Op::SetRegion(_) = op.op {
             self.changed_since_compare = true;
         }
         self.compare();
@@ -81,6 +111,16 @@ impl Story {
         let seq = self.seq;
         self.by(t);
         self.steps.push(Step::Slot { seq, change, roots });
+    }
+
+    /// A page of a logged slot was marked dirty: by the fault that let it be written, or because KVM or the VMM wrote it.
+    pub(super) fn mark_dirty(&mut self, t: u32, as_id: u8, slot: u32, gfn: u64) {
+        let by_fault = self.thread(t).fault.is_some_and(|fault| fault.gfn() == gfn);
+        let region = self.slots.get(&(as_id, slot));
+        let page = region.and_then(|region| gfn.checked_sub(region.gfn));
+        if let Some(page) = page.filter(|_| !by_fault) {
+            self.steps.push(Step::MarkDirty { as_id, slot, page });
+        }
     }
 
     /// The deletion or move that `t` is in the middle of shows now.
@@ -110,7 +150,11 @@ impl Story {
         self.stamps.note_all(t, self.seq);
         self.overtake(t, |_| true);
         self.changed_since_compare = true;
-        if !slot {
+        let nx = self.thread(t).op.as_mut().and_then(|op| op.nx.take());
+        if let Some(on) = nx {
+            self.by(t);
+            self.steps.push(Step::NxHugePages(on));
+        } else if !slot {
             self.by(t);
             self.steps.push(Step::InvalidateRoots);
         }

@@ -86,6 +86,7 @@ pub(super) struct Raw<'a> {
     gpa: Option<Hex>,
     error_code: Option<Hex>,
     as_id: Option<u64>,
+    slot: Option<u64>,
     gfn: Option<Hex>,
     level: Option<u64>,
     pfn: Option<HostFrame>,
@@ -161,6 +162,15 @@ impl Raw<'_> {
                 clears: self.event == "kvm_age_hva",
             },
             "kvm_smm_transition" => self.smm()?,
+            "mark_page_dirty_in_slot" => Event::MarkDirty {
+                as_id: self.within(
+                    self.need(self.as_id, "as_id")?,
+                    "as_id",
+                    u64::from(ADDRESS_SPACES),
+                )? as u8,
+                slot: self.within(self.need(self.slot, "slot")?, "slot", 1 << 16)? as u32,
+                gfn: self.gfn()?,
+            },
             "kvm_nested_vmenter" | "kvm_nested_vmrun" => {
                 let text = self.text.as_deref().unwrap_or_default();
                 Event::NestedEnter {
@@ -187,7 +197,6 @@ impl Raw<'_> {
             | "kvm_mmu_sync_page"
             | "check_mmio_spte"
             | "handle_mmio_page_fault"
-            | "mark_page_dirty_in_slot"
             | "kvm_dirty_ring_push" => Event::Inside,
             _ => Event::Other,
         })
