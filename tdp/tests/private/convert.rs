@@ -106,7 +106,7 @@ fn ranges_that_make_no_sense_are_refused() {
     }
     let slot = tdp::Slot::new(
         Gfn(1 << 35)..Gfn((1 << 35) + GUEST),
-        tdp::LinearBacking::new(tdp::Pfn(0), Level::L1),
+        tdp::LinearBacking::new(Pfn(0), Level::L1),
     );
     assert!(rig.mmu.slots().insert(slot).is_err());
 }
