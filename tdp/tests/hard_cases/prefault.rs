@@ -34,6 +34,12 @@ both_formats! {
             assert_ne!(leaf.spte.0 & F::DIRTY, 0, "{backing:?}: {leaf:?}");
             assert!(leaf.perms.contains(Perms::WRITE), "{backing:?}: {leaf:?}");
             assert!(rig.mmu.test_age(SPACE, Gfn(3)..Gfn(4)));
+            // An empty table is nothing that could stay.
+            rig.mmu.zap_leaves(SPACE, Gfn(0)..Gfn(1024)).flush();
+            let done = cpu.vcpu.prefault(Gfn(0)..Gfn(1024), Visibility::Shared).expect("there are frames");
+            assert_eq!((done.frames, done.stopped), (1024, None));
+            let leaf = rig.mmu.translate(SPACE, Gfn(3)).expect("it is mapped");
+            assert_eq!(leaf.level, backing);
         }
     }
 
