@@ -116,6 +116,14 @@ both_formats! {
     /// from the dead, none is freed while it is used, and none is left in the end.
     fn case_38_a_root_is_not_found_again_after_its_last_count<F>() {
         let rig = rig_with::<F>(8192);
+        // A root that was left, and became obsolete before the vCPU comes back to it.
+        let mut vcpu = rig.vcpu();
+        let left = vcpu.load_root().expect("the root is there").generation;
+        vcpu.set_address_space(OTHER).expect("a frame for the root");
+        rig.mmu.invalidate_roots().finish();
+        let root = vcpu.set_address_space(SPACE).expect("a frame for the root");
+        assert!(root.generation > left && !vcpu.is_root_obsolete());
+        drop(vcpu);
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..2 {
