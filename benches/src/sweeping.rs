@@ -186,11 +186,8 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                     .dirty_log(SPACE, SLOT)
                     .map_err(|e| Error::run("tdp", e))?;
                 let masks = vec![u64::MAX; log.words()];
-                drop(
-                    log.clear(0, &masks)
-                        .map_err(|e| Error::run("tdp", e))?
-                        .flush(),
-                );
+                let pending = log.clear(0, &masks);
+                let _ = pending.map_err(|e| Error::run("tdp", e))?.flush();
             }
             Sweep::Age | Sweep::Track => drop(mmu.age(SPACE, gfns)),
             Sweep::Zap => drop(mmu.zap_leaves(SPACE, gfns).flush()),

@@ -95,7 +95,8 @@ pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
 pub use range::{
-    Audit, ConvertError, Folded, Leaf, RemovalError, Removed, SplitReport, SplitStopped,
+    Absorb, Audit, ConvertError, Entry, Folded, Leaf, Progress, RemovalError, Removed, SplitReport,
+    SplitStopped, Steps,
 };
 pub use root::LoadedRoot;
 pub use slot_map::Slots;

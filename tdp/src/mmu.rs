@@ -7,7 +7,7 @@ use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFr
 use crate::invalidate::{Invalidation, Invalidations};
 use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
-use crate::range::{Audit, Leaf};
+use crate::range::{Audit, Entry, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
 use crate::root::{Half, Root, RootKey, RootSet};
@@ -83,6 +83,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     mmio_caching: bool,
     dirty_tracking: DirtyTracking,
     dirty_ring: u32,
+    eager_split: bool,
     nx_huge_pages: bool,
     max_leaf: Level,
     garbage_bound: usize,
@@ -139,6 +140,13 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// How writes to logged slots are noticed. The default is by write protection.
     pub fn dirty_tracking(mut self, tracking: DirtyTracking) -> Self {
         self.dirty_tracking = tracking;
+        self
+    }
+
+    /// Whether the large leaves of a slot are split when its log is switched on, or, if it begins full, where it is cleared,
+    /// and not one by one when the guest writes. The default is yes: writes fault less, and switching on takes longer.
+    pub fn eager_split(mut self, on: bool) -> Self {
+        self.eager_split = on;
         self
     }
 
@@ -276,6 +284,7 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
                 dirty_tracking: self.dirty_tracking,
+                eager_split: self.eager_split,
                 rings: DirtyRings::new(self.dirty_ring),
                 nx: NxHugePages::new(self.nx_huge_pages),
                 nx_cursor: CachePadded::new(Plain::new(0)),
@@ -303,6 +312,7 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
     pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) eager_split: bool,
     pub(crate) nx: NxHugePages,
     /// Frame at which the next recovery of tables begins. Written by recoveries.
     pub(crate) nx_cursor: CachePadded<Plain>,
@@ -424,6 +434,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             mmio_caching: true,
             dirty_tracking: DirtyTracking::default(),
             dirty_ring: 0,
+            eager_split: true,
             nx_huge_pages: false,
             max_leaf: Level::L3,
             garbage_bound: 4096,
@@ -516,6 +527,18 @@ impl<F: Format, H: Host> Mmu<F, H> {
     ) {
         self.shared
             .visit_leaves(as_id, Half::Private, range.into(), see);
+    }
+
+    /// Calls `see` for every entry of the current root of an address space that is not empty and covers a frame of
+    /// `range`, in order, each table before what it holds. For a range of one frame, these are the steps of a walk. The
+    /// MMU may change meanwhile.
+    pub fn visit_entries(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+        see: impl FnMut(Entry),
+    ) {
+        self.shared.visit_entries(as_id, range.into(), see);
     }
 
     /// The leaf of the shared half that maps `gfn` now.

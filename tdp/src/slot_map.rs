@@ -218,7 +218,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     }
 
     /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped. With
-    /// [`SlotFlags::LOG_DIRTY`] the log begins: when this returns, every write is noticed.
+    /// [`SlotFlags::LOG_DIRTY`] the log begins: when this returns, every write is noticed. Without it the log ends, and what
+    /// was split for it becomes large again ([`Mmu::collapse`](crate::Mmu::collapse)).
     ///
     /// Waits as [`remove`](Slots::remove) does.
     ///
@@ -252,6 +253,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             // pairs with the one at the start of every critical section: a fault that is not waited for sees the log.
             self.shared.domain.synchronize_sections();
             self.shared.start_log(&now).flush();
+        } else if logged(&before) && !logged(&now) {
+            self.shared.collapse(as_id, now.gfns()).flush();
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! saw, and flushes its own TLB first if that is not the one of its last flush. So a vCPU that is outside when the epoch
 //! moves is not waited for, and yet never runs with what it cached before.
 
-use crate::host::{FlushRequest, Host};
+use crate::host::{AddressSpaceId, FlushRequest, Host};
 use crate::mmu::Shared;
 use crate::reclaim::Retired;
 use crate::stats::{Stat, Tally};
@@ -35,42 +35,91 @@ pub struct PendingFlush<'a, F: Format, H: Host> {
     request: Option<FlushRequest>,
     pub(crate) tables: Vec<Pfn>,
     leaves: u64,
-    /// Counted among the unflushed.
-    open: bool,
+    /// What the sweep covered, whatever it found there, if it may have found frames that others had emptied and not flushed.
+    covered: Option<(AddressSpaceId, GfnRange)>,
+    /// Sweeps that this is what is left of, each counted among the unflushed.
+    open: u64,
+}
+
+/// The least range that holds both.
+fn hull(a: GfnRange, b: GfnRange) -> GfnRange {
+    GfnRange {
+        start: Gfn(a.start.0.min(b.start.0)),
+        end: Gfn(a.end.0.max(b.end.0)),
+    }
 }
 
 impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     /// Opened before the first entry is changed: whoever finds an entry empty that this sweep emptied also finds the
     /// sweep counted, for as long as it has not flushed.
     pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
-        // AcqRel: the exchanges that follow publish it; pairs with the Acquire in `settle`.
+        // AcqRel: the exchanges that follow publish it; pairs with the Acquire in `is_shared_with_others`.
         shared.unflushed.fetch_add(1, Ordering::AcqRel);
         Self {
             shared,
             request: None,
             tables: Vec::new(),
             leaves: 0,
-            open: true,
+            covered: None,
+            open: 1,
         }
     }
 
     /// Ends a sweep of `range`. Frames that another sweep or fault has emptied and not flushed yet are flushed by this one
-    /// too: that it found nothing there does not mean that no vCPU does (INV: flush-before-reuse).
-    pub(crate) fn settle(&mut self, as_id: crate::AddressSpaceId, range: GfnRange) {
-        if self.shared.unflushed.load(Ordering::Acquire) > 1 {
-            self.note(as_id, range, true);
+    /// too: that it found nothing there does not mean that no vCPU does (INV: flush-before-reuse). Whether another has yet to
+    /// flush is asked now, because one that begins later emptied nothing before, and once more when this one flushes: one
+    /// that has flushed by then did it after it emptied what this sweep found, and one that was absorbed is this one.
+    pub(crate) fn settle(&mut self, as_id: AddressSpaceId, range: GfnRange) {
+        if self.shared.unflushed.load(Ordering::Acquire) > self.open {
+            self.cover(as_id, range);
         }
     }
 
+    fn cover(&mut self, as_id: AddressSpaceId, range: GfnRange) {
+        let (_, covered) = self.covered.get_or_insert((as_id, range));
+        *covered = hull(*covered, range);
+    }
+
+    /// Whether a sweep or fault that is no part of this one has yet to flush what this one may have found gone.
+    fn is_shared_with_others(&self) -> bool {
+        self.covered.is_some() && self.shared.unflushed.load(Ordering::Acquire) > self.open
+    }
+
+    /// Takes over what another sweep has left to be flushed, so that one flush does for both. Nothing that either noted
+    /// is forgotten. What cannot be told by one request, because it is of another address space or another MMU, is flushed
+    /// at once.
+    pub fn absorb(&mut self, mut other: Self) {
+        let apart = match (self.space(), other.space()) {
+            (Some(ours), Some(theirs)) => ours != theirs,
+            _ => false,
+        };
+        self.leaves += other.leaves;
+        if apart || !core::ptr::eq(self.shared, other.shared) {
+            return other.run();
+        }
+        self.tables.append(&mut other.tables);
+        if let Some(request) = other.request.take() {
+            self.note(request.as_id, request.range, request.tables);
+        }
+        if let Some((as_id, range)) = other.covered.take() {
+            self.cover(as_id, range);
+        }
+        self.open += core::mem::take(&mut other.open);
+    }
+
+    fn space(&self) -> Option<AddressSpaceId> {
+        let noted = self.request.map(|request| request.as_id);
+        noted.or(self.covered.map(|(as_id, _)| as_id))
+    }
+
     /// Notes that translations of `range` went away. Monotone: what was noted stays noted.
-    pub(crate) fn note(&mut self, as_id: crate::AddressSpaceId, range: GfnRange, tables: bool) {
+    pub(crate) fn note(&mut self, as_id: AddressSpaceId, range: GfnRange, tables: bool) {
         let request = self.request.get_or_insert(FlushRequest {
             as_id,
             range,
             tables,
         });
-        request.range.start = Gfn(request.range.start.0.min(range.start.0));
-        request.range.end = Gfn(request.range.end.0.max(range.end.0));
+        request.range = hull(request.range, range);
         request.tables |= tables;
     }
 
@@ -85,11 +134,12 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     /// Nothing needs to be flushed: what went away is below a root that no vCPU runs on or will run on.
     pub(crate) fn is_below_no_vcpu(&mut self) {
         self.request = None;
+        self.covered = None;
     }
 
     /// Whether there is nothing to flush.
     pub fn is_empty(&self) -> bool {
-        self.request.is_none()
+        self.request.is_none() && !self.is_shared_with_others()
     }
 
     /// Leaves that the sweep took away or restricted.
@@ -109,6 +159,10 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     }
 
     fn run(&mut self) {
+        let is_shared = self.is_shared_with_others();
+        if let Some((as_id, range)) = self.covered.take().filter(|_| is_shared) {
+            self.note(as_id, range, true);
+        }
         // Taken before the host is called: if its flush panics the tables are leaked, never freed unflushed.
         let frames = core::mem::take(&mut self.tables);
         let open = core::mem::take(&mut self.open);
@@ -116,9 +170,9 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
             self.shared.shards.sweeps.add(Stat::Flushes, 1);
             self.shared.host.flush(&request);
         }
-        if open {
+        if open > 0 {
             // Release: the flush is over for whoever reads the lower count. A sweep whose flush panicked stays counted.
-            self.shared.unflushed.fetch_sub(1, Ordering::Release);
+            self.shared.unflushed.fetch_sub(open, Ordering::Release);
         }
         if !frames.is_empty() {
             // INV: flush-before-reuse: unlinked, sealed and flushed; the grace period is the domain's.

@@ -21,7 +21,7 @@ const RANGE: u64 = 4096;
 /// Frames that are converted or removed at a time.
 const CHUNK: u64 = 512;
 /// Chunks that the one converts to and fro, and the other removes.
-const TURNS: u64 = 128;
+const TURNS: u64 = 32;
 
 /// Times that one had to wait for another, or was told to try again.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]

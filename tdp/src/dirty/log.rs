@@ -13,7 +13,7 @@ use crate::slots::{Slot, SlotFlags, SlotId};
 use crate::tlb::PendingFlush;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use tdp_arch::{AdBits, Format, Gfn, Level, Spte};
+use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Spte};
 
 /// Words of marks that are taken before their leaves are restricted: 16 MiB of guest memory.
 const WORDS_AT_A_TIME: usize = 64;
@@ -244,10 +244,22 @@ impl<F: Format, H: Host> Shared<F, H> {
         marks: &[u64],
         pending: &mut PendingFlush<'_, F, H>,
     ) {
-        let Some(marks) = Marks::new(Gfn(slot.gfns().start.0 + first as u64 * 64), marks) else {
+        let as_id = slot.as_id();
+        let start = |word: usize| Gfn(slot.gfns().start.0 + (first + word) as u64 * 64);
+        if self.eager_split && slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
+            // Nothing was split when this log began.
+            let mut word = 0;
+            for run in marks.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+                let end = word + run.len();
+                if run[0] != 0 {
+                    self.split_for_log(slot, start(word)..start(end).min(slot.gfns().end));
+                }
+                word = end;
+            }
+        }
+        let Some(marks) = Marks::new(start(0), marks) else {
             return;
         };
-        let as_id = slot.as_id();
         for root in self.roots.of(as_id) {
             let by_bit = self.tracks_by_bit(&root);
             let mut visit = self.domain.visit();
@@ -262,6 +274,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         let (as_id, range) = (slot.as_id(), slot.gfns());
         let mut pending = PendingFlush::new(self);
         if !slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
+            if self.eager_split {
+                self.split_for_log(slot, range);
+            }
             for root in self.roots.of(as_id) {
                 let by_bit = self.tracks_by_bit(&root);
                 let mut visit = self.domain.visit();
@@ -272,6 +287,11 @@ impl<F: Format, H: Host> Shared<F, H> {
         }
         pending.settle(as_id, range);
         pending
+    }
+
+    fn split_for_log(&self, slot: &Slot<H::Backing>, range: impl Into<GfnRange>) {
+        // What there is no frame for stays large, and is write-protected as a whole.
+        let _ = self.split(slot.as_id(), range.into(), Level::L1);
     }
 
     /// Keeps the dirty bit of a leaf that was taken away, where nothing else tells of the write.

@@ -11,6 +11,7 @@ mod private;
 pub(crate) mod protect;
 mod resize;
 mod split;
+mod steps;
 mod visit;
 pub(crate) mod zap;
 
@@ -20,4 +21,5 @@ pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
 pub use split::{SplitReport, SplitStopped};
-pub use visit::Leaf;
+pub use steps::{Absorb, Progress, Steps};
+pub use visit::{Entry, Leaf};

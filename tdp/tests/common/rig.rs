@@ -53,6 +53,7 @@ pub(crate) struct RigSetup {
     pub(crate) garbage_bound: usize,
     pub(crate) dirty_tracking: DirtyTracking,
     pub(crate) dirty_ring: u32,
+    pub(crate) eager_split: bool,
     pub(crate) slot_removal: SlotRemoval,
     pub(crate) slot_generation: u64,
 }
@@ -68,6 +69,7 @@ impl Default for RigSetup {
             garbage_bound: 4096,
             dirty_tracking: DirtyTracking::default(),
             dirty_ring: 0,
+            eager_split: true,
             slot_removal: SlotRemoval::default(),
             slot_generation: 0,
         }
@@ -92,6 +94,7 @@ impl<F: Processor> Rig<F> {
             .garbage_bound(setup.garbage_bound)
             .dirty_tracking(setup.dirty_tracking)
             .dirty_ring(setup.dirty_ring)
+            .eager_split(setup.eager_split)
             .slot_removal(setup.slot_removal)
             .slot_generation(setup.slot_generation)
             .build()

@@ -43,6 +43,18 @@ fn rig_with<F: Processor>(
     rig
 }
 
+fn rig_splitting<F: Processor>(tracking: DirtyTracking, eager_split: bool) -> Rig<F> {
+    let rig = Rig::with(RigSetup {
+        dirty_tracking: tracking,
+        eager_split,
+        ..RigSetup::default()
+    });
+    let memory = Memory::new(Pfn(BASE), Level::L2);
+    let slot = Slot::new(Gfn(FIRST)..Gfn(FIRST + PAGES), memory).with_id(ID);
+    rig.mmu.slots().insert(slot).expect("the first slot");
+    rig
+}
+
 fn log<F: Processor>(rig: &Rig<F>, flags: SlotFlags) {
     rig.mmu
         .slots()
@@ -111,20 +123,32 @@ both_formats! {
         }
     }
 
-    /// Large leaves are protected whatever the tracking; the first write splits them and marks its own page alone.
-    fn a_large_leaf_is_split_by_the_first_write<F>() {
-        for tracking in TRACKINGS {
-            let rig = rig_with::<F>(tracking, AdBits::Processor, Level::L2, 0);
+    /// Large leaves are protected whatever the tracking; the first write splits them and marks its own page alone. Split at
+    /// once they are tracked as small ones are.
+    fn large_leaves_are_split_at_once_or_by_the_first_write<F>() {
+        for (tracking, eager) in TRACKINGS.into_iter().flat_map(|it| [(it, false), (it, true)]) {
+            let rig = rig_splitting::<F>(tracking, eager);
             let mut cpu = rig.processor(rig.vcpu());
             write(&mut cpu, 24);
             let leaf = rig.mmu.translate(SPACE, Gfn(FIRST + 24)).expect("mapped");
             assert_eq!(leaf.level, Level::L2);
             log(&rig, LOG);
-            assert!(cpu.touch(page(100), Access::Write).result.is_err(), "{tracking:?}");
+            let level = if eager { Level::L1 } else { Level::L2 };
+            let leaf = rig.mmu.translate(SPACE, Gfn(FIRST + 100)).expect("mapped");
+            assert_eq!(leaf.level, level);
+            let by_bit = eager && tracking != DirtyTracking::WriteProtect;
+            assert_eq!(cpu.touch(page(100), Access::Write).result.is_ok(), by_bit, "{tracking:?}");
             write(&mut cpu, 100);
             let gfn = Gfn(FIRST + 100);
             rig.assert_maps(&mut cpu.vcpu, gfn, Pfn(BASE + 100), Level::L1, Perms::RWX);
+            if by_bit && tracking == DirtyTracking::ModificationLog {
+                cpu.vcpu.log_modified(&[page(100)]);
+            }
             assert_eq!(collect(&rig), [100], "{tracking:?}");
+            log(&rig, SlotFlags::empty());
+            let leaf = rig.mmu.translate(SPACE, gfn).expect("mapped");
+            assert_eq!(leaf.level, Level::L2, "large again");
+            write(&mut cpu, 101);
         }
     }
 

@@ -47,4 +47,5 @@ mod protect;
 mod roots;
 mod slots;
 mod split;
+mod steps;
 mod zap;

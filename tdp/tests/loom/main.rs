@@ -20,6 +20,7 @@ mod invalidation;
 mod module;
 mod removal;
 mod resize;
+mod sizes;
 mod sweeps;
 mod tlb;
 mod world;

@@ -1,7 +1,11 @@
 //! Conversion between the halves.
 
 use crate::rig::{GUEST, Rig, SPACE, fixed, private, shared};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, Visibility};
+use std::ops::ControlFlow;
+use tdp::protected::tdx::{Call, Operand, Status};
+use tdp::{
+    Access, ConvertError, Gfn, Level, Mapping, MemoryFault, Outcome, Perms, Pfn, Steps, Visibility,
+};
 
 #[test]
 fn conversion_takes_away_what_the_other_half_maps() {
@@ -102,7 +106,101 @@ fn ranges_that_make_no_sense_are_refused() {
     }
     let slot = tdp::Slot::new(
         Gfn(1 << 35)..Gfn((1 << 35) + GUEST),
-        tdp::LinearBacking::new(tdp::Pfn(0), Level::L1),
+        tdp::LinearBacking::new(Pfn(0), Level::L1),
     );
     assert!(rig.mmu.slots().insert(slot).is_err());
+}
+
+#[test]
+fn below_tables_that_are_there_no_leaf_spans_both_kinds_either() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let mut touch = |gfn: u64, at_most| match vcpu.fault(private(gfn).max_level(at_most)) {
+        Ok(Outcome::Fixed { level }) => level,
+        other => panic!("{other:?}"),
+    };
+    // Links all tables above.
+    assert_eq!(touch(0, Level::L2), Level::L2);
+    let share = |gfn: u64| {
+        let range = Gfn(gfn)..Gfn(gfn + 1);
+        rig.mmu.convert(SPACE, range, Visibility::Shared).unwrap();
+    };
+    share(512);
+    share(2047);
+    assert_eq!(touch(700, Level::L2), Level::L1);
+    assert_eq!(touch(1024 + 3, Level::L2), Level::L2);
+    assert_eq!(touch(2046, Level::L2), Level::L1);
+    // What the guest accepts, and what it accepted once.
+    assert_eq!(touch(2048 + 5, Level::L1), Level::L1);
+    assert_eq!(touch(2560 + 511, Level::L3), Level::L2);
+    let pages = rig.mmu.stats().pages;
+    assert_eq!(pages, [3, 3, 0]);
+    rig.check();
+}
+
+/// Private memory goes in steps as it goes in one: the same pages, the same tables, the same complaints.
+#[test]
+fn private_memory_is_removed_in_steps() {
+    let populated = || {
+        let rig = Rig::running(Level::L1);
+        let mut vcpu = rig.vcpu();
+        for n in (0..GUEST).step_by(97) {
+            assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+        }
+        drop(vcpu);
+        rig
+    };
+    let range = Gfn(100)..Gfn(GUEST - 100);
+    let rig = populated();
+    let whole = rig.mmu.zap_private(SPACE, range.clone()).unwrap();
+    assert!(whole.frames > 100 && whole.tables > 20);
+    let rig = populated();
+    let mut steps = Steps::new(range.clone(), 512).with_upper_tables();
+    let parts = steps.run(
+        |part| rig.mmu.zap_private(SPACE, part),
+        |_| ControlFlow::Continue(()),
+    );
+    assert_eq!(parts, Some(Ok(whole)));
+    rig.check();
+    // Some fail: the rest is removed and counted, as in one.
+    let rig = populated();
+    let pages = rig.mmu.stats().pages[0];
+    let mut blocks = 0u64;
+    rig.script.refuse(move |call| {
+        let is_block = call == Call::MemRangeBlock;
+        blocks += u64::from(is_block);
+        let refused = is_block && [1, 40, 90].contains(&blocks);
+        refused.then_some((Status::OperandInvalid, Operand::RCX))
+    });
+    let parts = Steps::new(Gfn(0)..Gfn(GUEST), 512).run(
+        |part| rig.mmu.zap_private(SPACE, part),
+        |_| ControlFlow::Continue(()),
+    );
+    rig.script.clear();
+    let Some(Err(ConvertError::Removal(error))) = parts else {
+        panic!("{parts:?}");
+    };
+    assert_eq!(error.first.place.gfn, Gfn(0));
+    let left = rig.mmu.stats().pages[0];
+    assert_eq!(error.removed.frames, pages - left);
+    assert_eq!(error.failed, 3);
+    assert!(left > 0 && left <= 3);
+    rig.check();
+}
+
+/// The bare operation below a fault asks no slot, and yet never maps what is private.
+#[test]
+fn a_bare_map_maps_shared_memory_only() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let mapping = Mapping::memory(Pfn(1 << 24), Level::L2, Perms::RWX);
+    let refused = Ok(Outcome::MemoryFault(MemoryFault::IsPrivate));
+    assert_eq!(vcpu.map(Gfn(0), mapping, Access::Read), refused);
+    let shared = Visibility::Shared;
+    rig.mmu.convert(SPACE, Gfn(0)..Gfn(8), shared).unwrap();
+    // Not the private rest of the block with it.
+    assert_eq!(vcpu.map(Gfn(0), mapping, Access::Read), fixed(Level::L1));
+    assert!(rig.mmu.translate(SPACE, Gfn(8)).is_none());
+    assert_eq!(vcpu.map(Gfn(8), mapping, Access::Read), refused);
+    rig.check();
 }
