@@ -23,6 +23,11 @@ pub(super) enum Mix {
     All,
 }
 
+/// A lap ends after this time, how far it may have come: under some locks it would take minutes.
+const LONGEST: Duration = Duration::from_millis(200);
+/// Faults between two looks at the clock in a lap that is timed as a whole.
+const BETWEEN_LOOKS: u64 = 64;
+
 /// What the vCPU tells the other thread.
 const NOTHING: u64 = 0;
 const PROTECT_AGE: u64 = 1;
@@ -68,10 +73,11 @@ pub(super) struct Row {
     pub(super) name: &'static str,
     pub(super) format: &'static str,
     pub(super) mix: Option<Mix>,
+    /// Faults of a whole lap.
     pub(super) faults: u64,
-    /// Wall nanoseconds of laps.
-    pub(super) idle_ns: Vec<u64>,
-    pub(super) swept_ns: Vec<u64>,
+    /// Wall nanoseconds a fault, lap by lap.
+    pub(super) idle_ns: Vec<f64>,
+    pub(super) swept_ns: Vec<f64>,
     /// Passes over all of the memory, in all swept laps.
     pub(super) passes: u64,
     /// Nanoseconds that one fault in a thousand exceeds, and the longest.
@@ -112,6 +118,7 @@ pub(super) fn run<C: Sweeping>(
                 gfns,
                 baton,
                 laps: Vec::new(),
+                done: 0,
             };
             vcpu.lap(NOTHING, false)?;
             let rows = mixes
@@ -180,6 +187,8 @@ struct Runner<'c, C: Sweeping> {
     baton: &'c Baton,
     /// Nanoseconds of each fault of the last lap in which they were looked at.
     laps: Vec<u32>,
+    /// Faults of the last lap.
+    done: u64,
 }
 
 impl<C: Sweeping> Runner<'_, C> {
@@ -214,14 +223,14 @@ impl<C: Sweeping> Runner<'_, C> {
         Ok(row)
     }
 
-    /// A lap that counts: its wall nanoseconds.
-    fn counted(&mut self, other: u64, each: bool, preemptions: &mut u64) -> Result<u64, Error> {
+    /// A lap that counts: its wall nanoseconds a fault.
+    fn counted(&mut self, other: u64, each: bool, preemptions: &mut u64) -> Result<f64, Error> {
         let lap = race::undisturbed(1, |_| self.lap(other, each))?;
         *preemptions += lap.preemptions;
-        Ok(u64::try_from(lap.wall.as_nanos()).unwrap_or(u64::MAX))
+        Ok(lap.wall.as_nanos() as f64 / self.done.max(1) as f64)
     }
 
-    /// Maps everything, while the other thread does `other`.
+    /// Maps everything, or as much as there is time for, while the other thread does `other`.
     fn lap(&mut self, other: u64, each: bool) -> Result<race::Lap, Error> {
         self.baton.agree(NOTHING);
         self.contender.sweep::<Zap>(self.gfns)?;
@@ -245,9 +254,17 @@ impl<C: Sweeping> Runner<'_, C> {
 
     #[inline(never)]
     fn map_all(&mut self) -> Result<(), C::Failure> {
-        for number in self.gfns.start.0..self.gfns.end.0 {
-            self.contender
-                .resolve(&mut self.worker, black_box(Gfn(number)))?;
+        let end = Instant::now() + LONGEST;
+        self.done = 0;
+        let mut next = self.gfns.start.0;
+        while next < self.gfns.end.0 && Instant::now() < end {
+            let stop = (next + BETWEEN_LOOKS).min(self.gfns.end.0);
+            for number in next..stop {
+                self.contender
+                    .resolve(&mut self.worker, black_box(Gfn(number)))?;
+            }
+            self.done += stop - next;
+            next = stop;
         }
         Ok(())
     }
@@ -256,6 +273,7 @@ impl<C: Sweeping> Runner<'_, C> {
     fn map_each(&mut self) -> Result<(), C::Failure> {
         self.laps.clear();
         let mut last = Instant::now();
+        let end = last + LONGEST;
         for number in self.gfns.start.0..self.gfns.end.0 {
             self.contender
                 .resolve(&mut self.worker, black_box(Gfn(number)))?;
@@ -263,7 +281,11 @@ impl<C: Sweeping> Runner<'_, C> {
             let ns = (now - last).as_nanos();
             self.laps.push(u32::try_from(ns).unwrap_or(u32::MAX));
             last = now;
+            if now >= end {
+                break;
+            }
         }
+        self.done = self.laps.len() as u64;
         Ok(())
     }
 

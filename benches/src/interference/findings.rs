@@ -54,7 +54,7 @@ fn name(row: &Row) -> &'static str {
 
 impl Row {
     fn rate_kept(&self) -> f64 {
-        paired_ratio(&floats(&self.idle_ns), &floats(&self.swept_ns))
+        paired_ratio(&self.idle_ns, &self.swept_ns)
     }
 
     fn worst(&self) -> f64 {
@@ -117,7 +117,7 @@ impl Body {
         output.table(
             &header,
             self.results.iter().map(|row| {
-                let each = |ns: &[u64]| format!("{:.1}", median(&floats(ns)) / row.faults as f64);
+                let each = |ns: &[f64]| format!("{:.1}", median(ns));
                 let whole = |ns: &[u64]| format!("{:.0}", median(&floats(ns)));
                 [
                     row.name.to_owned(),
