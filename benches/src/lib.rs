@@ -11,6 +11,7 @@ pub mod confidential;
 pub mod demand_paging;
 pub mod formats;
 pub mod interference;
+pub mod mmu_stress;
 pub mod ours;
 pub mod pre_fault_memory;
 pub mod private_faults;
