@@ -38,6 +38,10 @@ pub enum Sweep {
     Track,
     /// Takes the leaf away.
     Zap,
+    /// Replaces leaves of 2 MiB by tables.
+    Split,
+    /// Replaces tables of level 1 by leaves of 2 MiB.
+    Collapse,
 }
 
 /// A sweep as a type.
@@ -55,6 +59,8 @@ pub trait Kind: Copy + Default + Debug + Send + Sync + 'static {
             Sweep::Age => without(F::ACCESSED),
             Sweep::Track => (!F::perms(spte).is_empty()).then(|| F::access_track(spte)),
             Sweep::Zap => (spte != F::EMPTY).then_some(F::EMPTY),
+            // Not done leaf by leaf.
+            Sweep::Split | Sweep::Collapse => None,
         }
     }
 }
@@ -80,7 +86,9 @@ kinds!(
     ClearMasks,
     Age,
     Track,
-    Zap
+    Zap,
+    Split,
+    Collapse
 );
 
 /// A contender whose memory can be swept while faults on it go on.
@@ -114,7 +122,7 @@ pub trait Sweeping: Contender {
         Ok(())
     }
 
-    /// Leaves of `gfns` to which a sweep would do something.
+    /// Leaves of `gfns` to which a sweep would do something; of a split or a collapse, frames.
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64;
 
     /// The processor's own access: a walk, with the bits that it sets.
@@ -169,6 +177,10 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                 .set_flags(SPACE, SLOT, flags)
                 .map_err(|e| Error::run("tdp", e))?;
         }
+        if matches!(K::SWEEP, Sweep::Split | Sweep::Collapse) {
+            // Nothing waits for a grace period in the middle of it.
+            self.mmu().synchronize();
+        }
         Ok(())
     }
 
@@ -191,6 +203,11 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
             }
             Sweep::Age | Sweep::Track => drop(mmu.age(SPACE, gfns)),
             Sweep::Zap => drop(mmu.zap_leaves(SPACE, gfns).flush()),
+            Sweep::Split => drop(
+                mmu.split(SPACE, gfns, Level::L1)
+                    .map_err(|e| Error::run("tdp", e))?,
+            ),
+            Sweep::Collapse => drop(mmu.collapse(SPACE, gfns).flush()),
         }
         Ok(())
     }
@@ -206,7 +223,11 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
         let mut left = 0;
         self.mmu().visit_leaves(SPACE, gfns, |leaf| {
-            left += u64::from(K::change::<F>(leaf.spte).is_some());
+            left += match K::SWEEP {
+                Sweep::Split if leaf.level > Level::L1 => leaf.level.pages(),
+                Sweep::Collapse if leaf.level == Level::L1 => 1,
+                _ => u64::from(K::change::<F>(leaf.spte).is_some()),
+            };
         });
         left
     }
