@@ -170,7 +170,7 @@ impl<F: Format, H: Host> Context<F, H> {
         });
         match done {
             Ok(()) => {
-                frozen.publish_new(private_leaf::<F>(pfn, Level::L1), &*self.shard);
+                frozen.publish_new::<F>(private_leaf::<F>(pfn, Level::L1), &*self.shard);
                 Some(Step::Done(Outcome::Fixed { level: Level::L1 }))
             }
             Err(cause) => match self.failed(place, HandOffStep::Install, cause) {

@@ -40,6 +40,7 @@ mod attributes;
 mod confidential;
 mod dump;
 mod entry;
+mod event;
 mod fault;
 mod frozen;
 mod handoff;

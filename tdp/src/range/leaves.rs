@@ -8,12 +8,13 @@
 //! it held was taken away, and what stands in its place was installed by a fault after the sweep began.
 
 use crate::entry::{EntryRef, TablePage};
-use crate::host::Host;
+use crate::event::Site;
+use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
 use crate::root::Root;
 use crate::table;
-use tdp_arch::{Format, Gfn, GfnRange, Level, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
 use tdp_rcu::Visit;
 
 /// One leaf of a sweep.
@@ -91,6 +92,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                         Verdict::Stop => return,
                     }
                 } else if level == Level::L2 && F::is_table(spte) {
+                    let table = (root.as_id, F::pfn(spte));
                     let page = table::page(self.host.frames(), F::pfn(spte));
                     let covered = level.range(gfn);
                     let part = GfnRange {
@@ -98,7 +100,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                         end: covered.end.min(range.end),
                     };
                     looked_at = part.pages() as u32;
-                    if !sweep_table::<F>(page, part, &mut see) {
+                    if !sweep_table::<F>(page, table, part, &mut see) {
                         return;
                     }
                 }
@@ -113,6 +115,7 @@ impl<F: Format, H: Host> Shared<F, H> {
 #[inline(always)]
 fn sweep_table<F: Format>(
     page: &TablePage,
+    (as_id, table): (AddressSpaceId, Pfn),
     part: GfnRange,
     see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
 ) -> bool {
@@ -123,6 +126,7 @@ fn sweep_table<F: Format>(
         let Some(entry) = page.get(level.index(gfn)) else {
             break;
         };
+        let entry = entry.at(Site::new(as_id, gfn, table));
         let mut spte = entry.load();
         while F::is_leaf(spte, level) {
             let leaf = LeafStep {

@@ -7,6 +7,7 @@
 //! fault may fill the hole again while all that goes on.
 
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -34,6 +35,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         scope: ZapScope,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep(
+            match scope {
+                ZapScope::Leaves => "zap_leaves",
+                ZapScope::Tables => "zap",
+            },
+            as_id,
+            range,
+        );
         let mut pending = PendingFlush::new(self);
         for root in self.roots.of(as_id) {
             self.zap_in_root(&root, range, scope, &mut pending);
@@ -85,6 +94,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Seals everything below a root and the root itself, without flushing.
     pub(crate) fn seal_root(&self, root: &Root<H>, pending: &mut PendingFlush<'_, F, H>) {
         let tally = &self.shards.sweeps;
+        Unlinked::of(&self.meta, root.pfn, root.limit()).was_root();
         seal_entries::<F, H>(self, root.pfn, root.level, tally, pending);
         self.meta.set_state(root.pfn, TableState::Sealed);
         pending.note(
@@ -122,10 +132,10 @@ fn seal_entries<F: Format, H: Host>(
     pending: &mut PendingFlush<'_, F, H>,
 ) {
     let page = table::page(shared.host.frames(), pfn);
+    let place = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
     let mut index = 0;
     while let Some(entry) = page.get(index) {
-        let old = EntryRef::seal::<F>(entry);
-        entry::account::<F>(level, old, F::SEALED, tally);
+        let old = entry.at(place.entry(index)).seal::<F>(level, tally);
         if F::is_leaf(old, level) {
             pending.count_leaf();
         } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {

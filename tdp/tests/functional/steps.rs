@@ -139,7 +139,7 @@ fn parts_cover_a_range_once_in_each_pass() {
                 }
                 let total = steps.progress().total;
                 let (mut next, mut passes, mut last) = (Gfn(start), 0, None);
-                while let Some(part) = steps.next() {
+                for part in steps.by_ref() {
                     assert!(!part.is_empty());
                     if part.start != next {
                         assert_eq!((part.start, next), (range.start, range.end));
