@@ -179,6 +179,10 @@ impl Format for Ept {
         Spte(bits)
     }
 
+    fn permit_fetch(spte: Spte) -> Spte {
+        Spte(spte.0 | EXEC | USER_EXEC)
+    }
+
     #[inline]
     fn split_child(spte: Spte, level: Level, index: usize) -> Spte {
         let child = match level {

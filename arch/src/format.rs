@@ -239,7 +239,7 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
     /// Software bit of a leaf: the processor does not keep its accessed and dirty bits.
     const AD_SOFTWARE: u64;
     /// Software bit of a table entry: the table stands where a large leaf was forbidden only because of an
-    /// instruction fetch.
+    /// instruction fetch. Of a large leaf: fetches that the host permits are withheld.
     const NX_SPLIT: u64;
     /// Bits 12 to 51.
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
@@ -268,6 +268,9 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
 
     /// Gives an access-tracked leaf its saved permissions back.
     fn restore_access_tracked(spte: Spte) -> Spte;
+
+    /// A leaf that is not access-tracked, with fetches of either kind permitted.
+    fn permit_fetch(spte: Spte) -> Spte;
 
     /// The `index`-th leaf (0 to 511) of level `level - 1` that maps the same memory as the large leaf `spte` of
     /// `level` (2 or 3) with the same permissions and software bits.

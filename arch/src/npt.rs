@@ -178,6 +178,10 @@ impl Format for Npt {
         Spte(spte.0 & !SAVED_PRESENT | present)
     }
 
+    fn permit_fetch(spte: Spte) -> Spte {
+        Spte(spte.0 & !NO_EXECUTE)
+    }
+
     #[inline]
     fn split_child(spte: Spte, level: Level, index: usize) -> Spte {
         let child = match level {

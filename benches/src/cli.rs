@@ -5,7 +5,8 @@
 
 use crate::report::{Error, Output};
 use crate::{
-    demand_paging, pre_fault_memory, private_faults, private_mem_conversions, replay, vm_teardown,
+    demand_paging, pre_fault_memory, private_faults, private_mem_conversions, replay, sweeps,
+    vm_teardown,
 };
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -43,6 +44,7 @@ enum Scenario {
     PrivateFaults(private_faults::Args),
     PrivateMemConversions(private_mem_conversions::Args),
     VmTeardown(vm_teardown::Args),
+    Sweeps(sweeps::Args),
     Replay(replay::Args),
 }
 
@@ -54,6 +56,7 @@ impl Scenario {
             Self::PrivateFaults(args) => private_faults::run(args, output),
             Self::PrivateMemConversions(args) => private_mem_conversions::run(args, output),
             Self::VmTeardown(args) => vm_teardown::run(args, output),
+            Self::Sweeps(args) => sweeps::run(args, output),
             Self::Replay(args) => replay::run(args, output),
         }
     }

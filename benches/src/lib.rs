@@ -17,6 +17,8 @@ pub mod race;
 pub mod replay;
 pub mod report;
 pub mod size;
+pub mod sweeping;
+pub mod sweeps;
 pub mod sync;
 pub mod sys;
 pub mod time;

@@ -7,13 +7,13 @@ use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 use tdp::protected::Unprotected;
 use tdp::{
-    Access, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking, LoadedRoot,
-    Lookup, Mapping, MmapPool, Mmu, OutOfFrames, Outcome, Perms, PoolConfig, ProtectedTable, Slot,
-    SoftwareHost, TableMemory, TlbTracker, Vcpu,
+    Access, AdBits, AddressSpaceId, Fault, FaultError, FlushRequest, Host, LinearBacking,
+    LoadedRoot, Lookup, Mapping, MmapPool, Mmu, MmuBuilder, OutOfFrames, Outcome, Perms,
+    PoolConfig, ProtectedTable, Slot, SoftwareHost, TableMemory, TlbTracker, Vcpu,
 };
 use tdp_arch::walker::{
-    ConfigError, EptConfig, EptWalker, GuestAccess, NptConfig, NptWalker, Permissions, ReadOnly,
-    Walker,
+    ConfigError, EptConfig, EptFault, EptWalker, GuestAccess, NptConfig, NptFault, NptWalker,
+    Permissions, ReadOnly, Walker,
 };
 use tdp_arch::{Ept, Format, Gfn, Level, Npt, PAGE_SIZE, Pfn};
 
@@ -29,35 +29,52 @@ pub trait Walked: Format {
     /// The processor's walk of this format.
     type Walker: Walker + Sync;
 
-    /// A walker of trees with a root of level `root`, with every page size.
+    /// A walker of trees with a root of level `root`, with every page size. With [`AdBits::Software`] it keeps no accessed
+    /// and dirty bits, if the processor can be told so.
     ///
     /// # Errors
     ///
     /// If there are no such trees.
-    fn walker(root: Level) -> Result<Self::Walker, ConfigError>;
+    fn walker(root: Level, ad_bits: AdBits) -> Result<Self::Walker, ConfigError>;
+
+    /// What the exit handler of an embedder sees of a fault: the raw code that [`Format::fault_code`] reads, or `None`
+    /// for an exit that has none.
+    fn raw_code(fault: <Self::Walker as Walker>::Fault) -> Option<u64>;
 }
 
 impl Walked for Ept {
     type Walker = EptWalker;
 
-    fn walker(root: Level) -> Result<EptWalker, ConfigError> {
+    fn walker(root: Level, ad_bits: AdBits) -> Result<EptWalker, ConfigError> {
         EptWalker::new(EptConfig {
             root_level: root,
             physical_bits: PHYSICAL_BITS,
+            accessed_dirty: ad_bits == AdBits::Processor,
             ..EptConfig::default()
         })
+    }
+
+    fn raw_code(fault: EptFault) -> Option<u64> {
+        match fault {
+            EptFault::Violation(violation) => Some(violation.qualification),
+            EptFault::Misconfiguration { .. } => None,
+        }
     }
 }
 
 impl Walked for Npt {
     type Walker = NptWalker;
 
-    fn walker(root: Level) -> Result<NptWalker, ConfigError> {
+    fn walker(root: Level, _ad_bits: AdBits) -> Result<NptWalker, ConfigError> {
         NptWalker::new(NptConfig {
             root_level: root,
             physical_bits: PHYSICAL_BITS,
             ..NptConfig::default()
         })
+    }
+
+    fn raw_code(fault: NptFault) -> Option<u64> {
+        Some(fault.exit_info_1)
     }
 }
 
@@ -85,6 +102,11 @@ impl<P: ProtectedTable> BenchHost<P> {
     /// `inner`, which tells `left` when it goes away.
     pub fn new(inner: SoftwareHost<P>, left: Arc<OnceLock<usize>>) -> Self {
         Self { inner, left }
+    }
+
+    /// Table frames that may be in use at one time.
+    pub fn frames_limit(&self) -> usize {
+        self.inner.frames().limit()
     }
 
     /// Which software vCPUs are in the guest.
@@ -224,6 +246,20 @@ impl<F: Walked, O: Operation> Ours<F, O> {
     ///
     /// What the library refuses, each with its own message.
     pub fn new(setup: OurSetup, tables: Tables) -> Result<Self, Error> {
+        Self::with(setup, tables, AdBits::Processor, |builder| builder)
+    }
+
+    /// The same with what `configure` makes of the builder; the accessed and dirty bits are kept as `ad_bits` says.
+    ///
+    /// # Errors
+    ///
+    /// What the library refuses, each with its own message.
+    pub fn with(
+        setup: OurSetup,
+        tables: Tables,
+        ad_bits: AdBits,
+        configure: impl FnOnce(MmuBuilder<F, BenchHost>) -> MmuBuilder<F, BenchHost>,
+    ) -> Result<Self, Error> {
         let failed = |e: Box<dyn std::error::Error + Send + Sync>| Error::run("tdp", e);
         let config = PoolConfig {
             frames: setup.frames,
@@ -234,11 +270,11 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         pool.populate();
         let left = Arc::new(OnceLock::new());
         let host = BenchHost::new(SoftwareHost::new(pool), left.clone());
-        let mmu = Mmu::<F, _>::builder(host)
+        let builder = Mmu::<F, _>::builder(host)
             .levels(setup.root)
             .physical_bits(PHYSICAL_BITS)
-            .build()
-            .map_err(|e| failed(e.into()))?;
+            .ad_bits(ad_bits);
+        let mmu = configure(builder).build().map_err(|e| failed(e.into()))?;
         let Backing { gfns, pfn, level } = setup.backing;
         mmu.slots()
             .insert(Slot::new(gfns, LinearBacking::new(pfn, level)))
@@ -246,7 +282,7 @@ impl<F: Walked, O: Operation> Ours<F, O> {
         let mut vcpu = mmu.vcpu().map_err(|e| failed(e.into()))?;
         let root = vcpu.load_root().map_err(|e| failed(e.into()))?;
         drop(vcpu);
-        let walker = F::walker(setup.root).map_err(|e| failed(e.into()))?;
+        let walker = F::walker(setup.root, ad_bits).map_err(|e| failed(e.into()))?;
         Ok(Self {
             mmu,
             setup,
@@ -286,6 +322,11 @@ impl<F: Walked, O: Operation> Ours<F, O> {
     /// Its MMU.
     pub fn mmu(&self) -> &Mmu<F, BenchHost> {
         &self.mmu
+    }
+
+    /// Its first root.
+    pub fn root(&self) -> LoadedRoot {
+        self.root
     }
 }
 

@@ -7,6 +7,7 @@
 
 use crate::attributes::{Attributes, Visibility};
 use crate::protected::{Capabilities, Combiner, Desk};
+use crate::range::Withheld;
 use tdp_arch::{Gfn, Gpa, Level};
 use tdp_rcu::sync::{AtomicU32, CachePadded, Ordering};
 
@@ -47,6 +48,8 @@ pub(crate) struct Confidential {
     pub(crate) desk: CachePadded<Desk>,
     /// Written by sweeps only.
     pub(crate) combiner: CachePadded<Combiner>,
+    /// Written by folds that fail only.
+    pub(crate) withheld: Withheld,
 }
 
 impl Confidential {
@@ -63,6 +66,7 @@ impl Confidential {
             attributes: Attributes::new(limit, default),
             desk: CachePadded::new(Desk::new()),
             combiner: CachePadded::new(Combiner::default()),
+            withheld: Withheld::default(),
         }
     }
 

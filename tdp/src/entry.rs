@@ -21,6 +21,7 @@
 //! any two instructions.
 
 use crate::event::{self, Site};
+use crate::nx;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Level, Spte};
 use tdp_rcu::sync::{Atomic, Backoff, Ordering};
@@ -161,9 +162,10 @@ impl EntryRef<'_> {
         }
     }
 
-    /// Puts the *sealed* pattern into an entry of an unlinked table, keeps the books, and returns what it replaced,
-    /// hardware's last accessed and dirty bits included. Waits while the entry is frozen: its owner is about to store to it.
-    pub(crate) fn seal<F: Format>(self, level: Level, tally: &impl Tally) -> Spte {
+    /// Puts the *sealed* pattern into an entry of an unlinked table of `level` and returns what it replaced, hardware's last
+    /// accessed and dirty bits included; the caller keeps the books. Waits while the entry is frozen: its owner is about to
+    /// store to it.
+    pub(crate) fn seal<F: Format>(self, level: Level) -> Spte {
         // INV: unlink-seals, volatile-atomic.
         let mut old = self.load_thawed::<F>();
         loop {
@@ -178,7 +180,6 @@ impl EntryRef<'_> {
                 .compare_exchange(old, F::SEALED, Ordering::AcqRel, Ordering::Acquire)
             {
                 Ok(replaced) => {
-                    account::<F>(level, replaced, F::SEALED, tally);
                     event::spte_changed::<F>(self.site(), level, replaced, F::SEALED);
                     return replaced;
                 }
@@ -207,6 +208,7 @@ pub(crate) fn exchange<F: Format>(
         .0
         .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
     account::<F>(level, old, new, tally);
+    nx::account::<F>(level, old, new, tally);
     event::spte_changed::<F>(entry.site(), level, old, new);
     Ok(())
 }

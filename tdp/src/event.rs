@@ -81,6 +81,29 @@ impl Site {
         }
     }
 
+    /// Of the entry of `gfn` in the same table.
+    #[inline(always)]
+    pub(crate) const fn of(self, gfn: Gfn) -> Self {
+        Self {
+            #[cfg(feature = "tracing")]
+            gfn,
+            ..self
+        }
+    }
+
+    /// Of an entry of the table that this entry, one of `level`, leads to.
+    #[inline(always)]
+    pub(crate) fn below(self, level: Level, table: Pfn, index: usize) -> Self {
+        #[cfg(feature = "tracing")]
+        return Self {
+            gfn: Gfn(level.align_down(self.gfn).0 + index as u64 * level.below_or_leaf().pages()),
+            table,
+            ..self
+        };
+        #[cfg(not(feature = "tracing"))]
+        self
+    }
+
     /// Of an entry of the private half.
     #[inline(always)]
     pub(crate) const fn private(place: EntryPlace) -> Self {

@@ -165,6 +165,9 @@ pub enum Outcome {
     },
     /// Tell the guest's owner.
     MemoryFault(MemoryFault),
+    /// The vCPU's dirty ring is full: [harvest](crate::DirtyRing::harvest) and
+    /// [reset](crate::Mmu::reset_dirty_rings) it, then enter the guest and let it fault again.
+    DirtyRingFull,
 }
 
 const _: () = assert!(size_of::<Result<Outcome, FaultError>>() == 2);

@@ -86,6 +86,11 @@ impl<'a> FrozenEntry<'a> {
         self.fallback = spte;
     }
 
+    /// What the entry is to hold if this is dropped.
+    pub(crate) const fn fallback(&self) -> Spte {
+        self.fallback
+    }
+
     /// Ends the hand-off: the entry holds `new` from now on, and the books say so.
     #[inline(always)]
     pub(crate) fn publish<F: Format>(self, new: Spte, tally: &impl Tally) {

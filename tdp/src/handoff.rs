@@ -12,8 +12,8 @@
 //! What a walk meets besides:
 //!
 //! * a *blocked* leaf or table: a removal that was begun and could not be finished. Whoever needs the entry takes the block
-//!   back, by a hand-off as well;
-//! * a larger leaf than the guest may have here: it is split, from outside the critical section.
+//!   back, by a hand-off as well, from outside the critical section because that takes a ticket;
+//! * a larger leaf than the guest may have here: it is split, from outside as well.
 
 use crate::entry::EntryRef;
 use crate::fault::{MemoryFault, Outcome, RetryReason};
@@ -51,6 +51,8 @@ pub(crate) enum Step {
     Wait(RetryReason),
     /// A larger leaf than the guest may have has to be split first.
     Split,
+    /// A removal that was not finished has left a block in the way, which has to be taken back first.
+    Unblock,
     /// The module said no. The tables are as they were.
     Failed(HandOffError),
 }
@@ -136,15 +138,21 @@ impl<F: Format, H: Host> Context<F, H> {
         Step::Wait(RetryReason::Raced)
     }
 
-    /// The common case, one straight line: a leaf of 4 KiB below tables that are there. `None` if it is any other; nothing
-    /// is changed then.
+    /// The common case, one straight line: a leaf of the level wanted, below tables that are there. `None` if it is any
+    /// other; nothing is changed then. `pfn` is the host frame of `gfn`. With a constant `goal` every shift is one.
     #[inline(always)]
-    pub(crate) fn install_private_4k(&self, root: &Root<H>, gfn: Gfn, pfn: Pfn) -> Option<Step> {
+    pub(crate) fn install_private_fast(
+        &self,
+        root: &Root<H>,
+        gfn: Gfn,
+        pfn: Pfn,
+        goal: Level,
+    ) -> Option<Step> {
         let frames = self.shared.host.frames();
         let mut page = table::page(frames, root.pfn);
         // A loop over constants is unrolled, and each level's shift is one.
         for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
-            if root.level >= level {
+            if root.level >= level && goal < level {
                 let spte = page.get(level.index(gfn)).map(EntryRef::load)?;
                 if !F::is_table(spte) || is_blocked::<F>(spte) {
                     return None;
@@ -152,15 +160,16 @@ impl<F: Format, H: Host> Context<F, H> {
                 page = table::page(frames, F::pfn(spte));
             }
         }
-        let entry = page.get(Level::L1.index(gfn))?;
+        let entry = page.get(goal.index(gfn))?;
+        let pfn = Pfn(pfn.0 & !(goal.pages() - 1));
         let place = EntryPlace {
             as_id: self.as_id,
-            gfn,
-            level: Level::L1,
+            gfn: goal.align_down(gfn),
+            level: goal,
         };
         let old = entry.load();
         if old != F::EMPTY {
-            let is_live = F::is_leaf(old, Level::L1) && !is_blocked::<F>(old);
+            let is_live = F::is_leaf(old, goal) && !is_blocked::<F>(old);
             return is_live.then_some(Step::Done(Outcome::Spurious));
         }
         let frozen = FrozenEntry::freeze::<F>(entry, place, F::EMPTY).ok()?;
@@ -170,8 +179,8 @@ impl<F: Format, H: Host> Context<F, H> {
         });
         match done {
             Ok(()) => {
-                frozen.publish_new::<F>(private_leaf::<F>(pfn, Level::L1), &*self.shard);
-                Some(Step::Done(Outcome::Fixed { level: Level::L1 }))
+                frozen.publish_new::<F>(private_leaf::<F>(pfn, goal), &*self.shard);
+                Some(Step::Done(Outcome::Fixed { level: goal }))
             }
             Err(cause) => match self.failed(place, HandOffStep::Install, cause) {
                 Next::Stop(step @ Step::Failed(_)) => Some(step),
@@ -203,7 +212,7 @@ impl<F: Format, H: Host> Context<F, H> {
             };
         }
         if is_blocked::<F>(old) {
-            return self.take_block_back(entry, place, old);
+            return Next::Stop(Step::Unblock);
         }
         if F::is_leaf(old, level) {
             return Next::Stop(if level > request.at_most {
@@ -280,18 +289,6 @@ impl<F: Format, H: Host> Context<F, H> {
         let pfn = spare.keep();
         frozen.publish::<F>(F::table(pfn), &*self.shard);
         Next::Descend(pfn)
-    }
-
-    /// Takes the block of an entry back that a removal has left behind.
-    #[cold]
-    fn take_block_back(&self, entry: EntryRef<'_>, place: EntryPlace, old: Spte) -> Next {
-        let Ok(frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
-            return Next::Again;
-        };
-        match self.shared.unblock(frozen, &*self.shard) {
-            Ok(()) => Next::Again,
-            Err(cause) => self.failed(place, HandOffStep::Unblock, cause),
-        }
     }
 
     #[cold]

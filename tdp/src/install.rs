@@ -8,12 +8,14 @@
 //! * *sealed*: the table was unlinked; walk again from the root;
 //! * a leaf that permits the access: spurious; one that does not: widened in place, never narrowed;
 //! * a larger leaf that does not permit the access: split into a table that translates alike, which needs no flush;
-//! * a table where a larger leaf is to go: exchanged for the leaf, then sealed, flushed and retired by the winner.
+//! * a table where a larger leaf is to go: exchanged for the leaf, then sealed, flushed and retired by the winner; unless it
+//!   stands there for a fetch ([`nx`]), when the leaf goes one level down.
 
 use crate::entry::{self, EntryRef, TABLE_ENTRIES};
 use crate::event::{self, Site};
 use crate::fault::{Outcome, RetryReason};
 use crate::host::Host;
+use crate::nx;
 use crate::range_zap::seal_subtree;
 use crate::stats::{Stat, Tally};
 use crate::table::{self, Place, TableCache, TableState};
@@ -30,11 +32,38 @@ const RESTARTS: u32 = 16;
 pub(crate) struct Request {
     pub(crate) gfn: Gfn,
     pub(crate) goal: Level,
-    /// First host frame of the leaf.
-    pub(crate) pfn: Pfn,
+    /// What the goal would be if large leaves were executable.
+    pub(crate) wanted: Level,
+    /// Large leaves withhold fetches.
+    pub(crate) withholds: bool,
+    /// Host frame of `gfn`.
+    pub(crate) frame: Pfn,
     pub(crate) attrs: LeafAttrs,
     pub(crate) access: Access,
     pub(crate) prefetch: bool,
+}
+
+impl Request {
+    /// First host frame of the leaf of `level`.
+    fn pfn(&self, level: Level) -> Pfn {
+        Pfn(self.frame.0 & !(level.pages() - 1))
+    }
+
+    /// The leaf of `level` with `attrs`.
+    fn leaf<F: Format>(&self, level: Level, attrs: LeafAttrs) -> Spte {
+        nx::leaf::<F>(self.pfn(level), level, attrs, self.withholds)
+    }
+
+    /// The entry that is to point to a table below an entry of `level`.
+    fn table<F: Format>(&self, pfn: Pfn, level: Level) -> Spte {
+        let table = F::table(pfn);
+        // No larger than wanted: without the policy there would be a leaf here.
+        if self.goal < level && level <= self.wanted {
+            nx::marked::<F>(table)
+        } else {
+            table
+        }
+    }
 }
 
 pub(crate) enum Next {
@@ -51,9 +80,14 @@ impl<F: Format, H: Host> Context<F, H> {
     #[cold]
     #[inline(never)]
     pub(crate) fn install(&self, cache: &mut TableCache, request: Request) -> Outcome {
-        let outcome = self.walk(request.gfn, |entry, level, old| {
-            self.install_step(cache, request, entry, level, old)
+        let mut has_split = false;
+        let mut outcome = self.walk(request.gfn, |entry, level, old| {
+            self.install_step(cache, request, entry, level, old, &mut has_split)
         });
+        if has_split && outcome == Outcome::Spurious {
+            // By what the large leaf withheld.
+            outcome = Outcome::Fixed { level: Level::L1 };
+        }
         self.count(outcome);
         outcome
     }
@@ -112,6 +146,7 @@ impl<F: Format, H: Host> Context<F, H> {
         entry: EntryRef<'_>,
         level: Level,
         old: Spte,
+        has_split: &mut bool,
     ) -> Next {
         let is_leaf = F::is_leaf(old, level);
         if is_leaf && (request.prefetch || F::allows(old, request.access)) {
@@ -120,17 +155,27 @@ impl<F: Format, H: Host> Context<F, H> {
         let is_table = !is_leaf && F::is_mmu_present(old);
         if level > request.goal {
             return match (is_leaf, is_table) {
-                (true, _) => self.split(cache, entry, level, old, request.gfn),
+                (true, _) => {
+                    let next = self.split(cache, request, entry, level, old);
+                    *has_split |= matches!(next, Next::Descend(_));
+                    next
+                }
                 (_, true) => Next::Descend(F::pfn(old)),
-                _ => self.link(cache, entry, level, old, request.gfn),
+                _ => {
+                    let to = |pfn| request.table::<F>(pfn, level);
+                    self.link(cache, entry, level, old, request.gfn, to)
+                }
             };
         }
         if is_leaf {
             self.upgrade(request, entry, level, old)
+        } else if is_table && request.withholds && nx::is_marked::<F>(old, level) {
+            // The guest fetches somewhere below: a smaller leaf instead.
+            Next::Descend(F::pfn(old))
         } else if is_table {
             self.collapse(request, entry, level, old)
         } else {
-            let leaf = F::leaf(request.pfn, level, request.attrs);
+            let leaf = request.leaf::<F>(level, request.attrs);
             match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
                 Ok(()) => {
                     event::set_spte(entry.site(), level, leaf);
@@ -141,7 +186,7 @@ impl<F: Format, H: Host> Context<F, H> {
         }
     }
 
-    /// Links an empty table.
+    /// Links an empty table by the entry that `to` makes of its frame.
     pub(crate) fn link(
         &self,
         cache: &mut TableCache,
@@ -149,6 +194,7 @@ impl<F: Format, H: Host> Context<F, H> {
         level: Level,
         old: Spte,
         gfn: Gfn,
+        to: impl FnOnce(Pfn) -> Spte,
     ) -> Next {
         let (Some(below), Some(pfn)) = (level.below(), cache.pop()) else {
             return Next::Done(self.retry(RetryReason::Raced));
@@ -162,7 +208,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 gfn: level.align_down(gfn),
             },
         );
-        match entry::exchange::<F>(entry, level, old, F::table(pfn), &*self.shard) {
+        match entry::exchange::<F>(entry, level, old, to(pfn), &*self.shard) {
             Ok(()) => Next::Descend(pfn),
             Err(_) => {
                 self.shared.meta.set_state(pfn, TableState::Spare);
@@ -176,27 +222,28 @@ impl<F: Format, H: Host> Context<F, H> {
     fn split(
         &self,
         cache: &mut TableCache,
+        request: Request,
         entry: EntryRef<'_>,
         level: Level,
         old: Spte,
-        gfn: Gfn,
     ) -> Next {
         let (Some(below), Some(pfn)) = (level.below(), cache.pop()) else {
             return Next::Done(self.retry(RetryReason::Raced));
         };
         let page = table::page(self.shared.host.frames(), pfn);
-        page.fill(|index| F::split_child(old, level, index));
+        page.fill(nx::children::<F>(old, level));
         self.shared.meta.link(
             pfn,
             Place {
                 as_id: self.as_id,
                 private: false,
                 level: below,
-                gfn: level.align_down(gfn),
+                gfn: level.align_down(request.gfn),
             },
         );
         // The whole old value is compared: a bit that the processor set after the children were made fails this.
-        match entry::exchange::<F>(entry, level, old, F::table(pfn), &*self.shard) {
+        let table = request.table::<F>(pfn, level);
+        match entry::exchange::<F>(entry, level, old, table, &*self.shard) {
             Ok(()) => {
                 self.shard.add(Stat::pages(below), TABLE_ENTRIES as i64);
                 self.shard.add(Stat::Splits, 1);
@@ -213,10 +260,12 @@ impl<F: Format, H: Host> Context<F, H> {
 
     /// Widens the permissions of a leaf, or takes it away if it maps another page.
     fn upgrade(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
-        if F::leaf_pfn(old, level) != request.pfn {
+        if F::leaf_pfn(old, level) != request.pfn(level) {
             // The backing changed without an invalidation: break before make.
             let mut pending = PendingFlush::new(&self.shared);
             if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
+                let gfn = level.align_down(request.gfn);
+                self.shared.keep_dirty(self.as_id, gfn, level, old);
                 pending.note(self.as_id, level.range(request.gfn), false);
                 pending.flush();
             }
@@ -232,7 +281,8 @@ impl<F: Format, H: Host> Context<F, H> {
         attrs.perms = attrs.perms.union(F::perms(shown));
         attrs.host_writable |= old.0 & F::HOST_WRITABLE != 0;
         attrs.mmu_writable |= old.0 & F::MMU_WRITABLE != 0;
-        let leaf = Spte(F::leaf(request.pfn, level, attrs).0 | old.0 & (F::ACCESSED | F::DIRTY));
+        let leaf = request.leaf::<F>(level, attrs);
+        let leaf = Spte(leaf.0 | old.0 & (F::ACCESSED | F::DIRTY));
         match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
             Ok(()) => {
                 self.shard.add(Stat::Upgrades, 1);
@@ -245,7 +295,7 @@ impl<F: Format, H: Host> Context<F, H> {
 
     /// Replaces a table by one large leaf.
     fn collapse(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
-        let leaf = F::leaf(request.pfn, level, request.attrs);
+        let leaf = request.leaf::<F>(level, request.attrs);
         let mut pending = PendingFlush::new(&self.shared);
         if entry::exchange::<F>(entry, level, old, leaf, &*self.shard).is_err() {
             return Next::Again;

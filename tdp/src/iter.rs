@@ -12,6 +12,7 @@
 
 use crate::entry::{EntryRef, TABLE_ENTRIES, TablePage};
 use crate::event::Site;
+use crate::handoff::is_blocked;
 use crate::host::Host;
 use crate::root::Root;
 use crate::table;
@@ -125,15 +126,25 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
     }
 
     /// Walks down from the root again and hands out the entry in which the way to the same frame ends now, or the one handed
-    /// out last: for who stands in a table that is sealed, be it gone or only in another's hands.
+    /// out last: for who stands in a table that is sealed, be it gone or only in another's hands. A lingering walk stops at a
+    /// table that is blocked, below which all is sealed.
     pub(crate) fn walk_again(&mut self) {
         self.path = [None; 5];
         let level = self.level;
         self.level = self.root.level;
         let root = self.root;
         *self.slot(root.level) = Some((root.pfn, root.page()));
-        while self.level > level && self.descend() == Below::Table {}
+        while self.level > level && !self.is_barred() && self.descend() == Below::Table {}
         self.state = State::Again;
+    }
+
+    /// Whether the entry that it stands on is a table that a lingering walk does not enter by itself.
+    fn is_barred(&self) -> bool {
+        self.lingers
+            && self.root.private
+            && self
+                .current()
+                .is_some_and(|(_, entry)| is_blocked::<F>(entry.load()))
     }
 
     fn slot(&mut self, level: Level) -> &mut Option<(Pfn, &'v TablePage)> {

@@ -27,11 +27,13 @@ fn faults_read_no_line_that_sweeps_write() {
         ("max_leaf", span_of!(S, max_leaf)),
         ("physical_bits", span_of!(S, physical_bits)),
         ("mmio_caching", span_of!(S, mmio_caching)),
+        ("nx", span_of!(S, nx)),
     ];
     let written = [
         ("roots", span_of!(S, roots)),
         ("domain", span_of!(S, domain)),
         ("shards", span_of!(S, shards)),
+        ("nx_cursor", span_of!(S, nx_cursor)),
     ];
     let mut shared = Vec::new();
     for (reader, a) in &read {

@@ -38,6 +38,7 @@ extern crate std;
 
 mod attributes;
 mod confidential;
+mod dirty;
 mod dump;
 mod entry;
 mod event;
@@ -53,6 +54,7 @@ mod layout;
 mod life;
 mod mmio;
 mod mmu;
+mod nx;
 #[cfg(feature = "std")]
 mod pool;
 mod prefault;
@@ -77,6 +79,7 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+pub use dirty::{DirtyLog, DirtyLogError, DirtyPage, DirtyRing, DirtyTracking};
 pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
@@ -93,7 +96,8 @@ pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
 pub use range::{
-    Absorb, Audit, ConvertError, Folded, Leaf, Progress, RemovalError, Removed, Steps,
+    Absorb, Audit, ConvertError, Folded, Leaf, Progress, RemovalError, Removed, SplitReport,
+    SplitStopped, Steps,
 };
 pub use root::LoadedRoot;
 pub use slot_map::Slots;

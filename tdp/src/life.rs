@@ -62,6 +62,10 @@ impl<F: Format, H: Host> PrivateImage<F, H> {
     /// [`ImageError`]; nothing changed.
     pub fn add(&mut self, gfn: Gfn, page: Pfn, source: Pfn) -> Result<(), ImageError> {
         let mapping = Mapping::memory(page, Level::L1, Perms::RWX);
+        if gfn >= self.vcpu.core.ctx.root.limit() {
+            let outcome = Outcome::MemoryFault(crate::fault::MemoryFault::BeyondWidth);
+            return Err(ImageError::Frame { gfn, outcome });
+        }
         let origin = Origin::Image(Lookup::Mapped(mapping), Content::Measured { source });
         match self.vcpu.fault_private(gfn, Level::L1, origin)? {
             Outcome::Fixed { .. } => Ok(()),
@@ -152,7 +156,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 gfn: step.gfn,
                 level: step.level,
             };
-            let spte = step.spte;
+            let spte = self.stands_for(&step, &root);
             let blocked_here = is_blocked::<F>(spte);
             let found = self.host.protected().inspect(place);
             let same = if F::is_leaf(spte, step.level) {
@@ -255,29 +259,11 @@ impl<F: Format, H: Host> Mmu<F, H> {
             start: Gfn(0),
             end: shared.roots.limit(),
         };
-        let mut removed = Removed::default();
-        let mut failed: Option<RemovalError> = None;
-        for as_id in (0..shared.address_spaces).map(AddressSpaceId) {
-            let part = match shared.remove_private(as_id, range) {
-                Ok(part) => part,
-                Err(error) => {
-                    let all = failed.get_or_insert(RemovalError { failed: 0, ..error });
-                    all.failed += error.failed;
-                    error.removed
-                }
-            };
-            removed.frames += part.frames;
-            removed.tables += part.tables;
-            removed.leaked += part.leaked;
-        }
-        match failed {
-            Some(error) => Err(RemovalError { removed, ..error }),
-            None => Ok(removed),
-        }
+        shared.remove_private_everywhere(range)
     }
 
-    /// Makes a range private or shared, while faults run. What the other half maps there is taken away: private memory loses
-    /// its content.
+    /// Makes a range private or shared, while faults run, in all address spaces: `as_id` is one of them. What the other half
+    /// maps there is taken away: private memory loses its content.
     ///
     /// Waits for faults that began before; must not be called from inside a [`Batch`](crate::Batch) or a host callback.
     ///

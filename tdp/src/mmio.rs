@@ -67,7 +67,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 return Next::Descend(F::pfn(old));
             }
             if level > Level::L1 {
-                return self.link(cache, entry, level, old, gfn);
+                return self.link(cache, entry, level, old, gfn, F::table);
             }
             match entry::exchange::<F>(entry, level, old, spte, &*self.shard) {
                 Ok(()) => {

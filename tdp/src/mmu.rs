@@ -2,8 +2,10 @@
 
 use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
+use crate::dirty::{DirtyRing, DirtyRings, DirtyTracking};
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::invalidate::{Invalidation, Invalidations};
+use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
 use crate::range::{Audit, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
@@ -19,7 +21,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use tdp_arch::{AdBits, Format, Gfn, GfnRange, Level, Pfn};
-use tdp_rcu::sync::{AtomicU64, CachePadded};
+use tdp_rcu::sync::{AtomicU64, CachePadded, Plain};
 use tdp_rcu::{Domain, DomainConfig};
 
 /// Widest physical address for which a processor may be built, in bits.
@@ -46,6 +48,9 @@ pub enum BuildError {
         /// Bits of physical address.
         bits: u32,
     },
+    /// Too few entries, or not a power of two.
+    #[error("a dirty ring of {0} entries: a power of two from {least} on is meant", least = DirtyRing::LEAST)]
+    DirtyRing(u32),
     /// No address has this bit, or it does not choose a root entry.
     #[error("bit {0} of a guest address cannot say whether memory is shared")]
     SharedBit(u32),
@@ -76,6 +81,10 @@ pub struct MmuBuilder<F: Format, H: Host> {
     physical_bits: u32,
     ad_bits: AdBits,
     mmio_caching: bool,
+    dirty_tracking: DirtyTracking,
+    dirty_ring: u32,
+    eager_split: bool,
+    nx_huge_pages: bool,
     max_leaf: Level,
     garbage_bound: usize,
     slot_removal: SlotRemoval,
@@ -125,6 +134,34 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
     /// is yes. It lets a guest make tables for address space that has no memory.
     pub fn mmio_caching(mut self, on: bool) -> Self {
         self.mmio_caching = on;
+        self
+    }
+
+    /// How writes to logged slots are noticed. The default is by write protection.
+    pub fn dirty_tracking(mut self, tracking: DirtyTracking) -> Self {
+        self.dirty_tracking = tracking;
+        self
+    }
+
+    /// Whether the large leaves of a slot are split when its log is switched on, or, if it begins full, where it is cleared,
+    /// and not one by one when the guest writes. The default is yes: writes fault less, and switching on takes longer.
+    pub fn eager_split(mut self, on: bool) -> Self {
+        self.eager_split = on;
+        self
+    }
+
+    /// Gives each vCPU a dirty ring of that many entries, a power of two from 1024 on, 16 bytes each. The default is 0:
+    /// no rings, only bitmaps.
+    pub fn dirty_ring(mut self, entries: u32) -> Self {
+        self.dirty_ring = entries;
+        self
+    }
+
+    /// Whether large leaves are kept from being executable, against a guest that could stop the machine by changing
+    /// the size of a page while it fetches from it (erratum ITLB_MULTIHIT). The default is no; see
+    /// [`Mmu::set_nx_huge_pages`].
+    pub fn nx_huge_pages(mut self, on: bool) -> Self {
+        self.nx_huge_pages = on;
         self
     }
 
@@ -198,6 +235,10 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         if self.max_leaf > Level::L3 {
             return Err(BuildError::MaxLeaf(self.max_leaf));
         }
+        let ring = self.dirty_ring;
+        if ring != 0 && !(ring.is_power_of_two() && ring >= DirtyRing::LEAST) {
+            return Err(BuildError::DirtyRing(ring));
+        }
         let window = self.host.frames().window();
         if window.end.0 > 1 << (self.physical_bits - tdp_arch::PAGE_SHIFT) {
             return Err(BuildError::Window {
@@ -242,6 +283,11 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
+                dirty_tracking: self.dirty_tracking,
+                eager_split: self.eager_split,
+                rings: DirtyRings::new(self.dirty_ring),
+                nx: NxHugePages::new(self.nx_huge_pages),
+                nx_cursor: CachePadded::new(Plain::new(0)),
                 max_leaf: self.max_leaf,
                 slot_removal: self.slot_removal,
                 pfn_limit: Pfn(1 << (self.physical_bits - tdp_arch::PAGE_SHIFT)),
@@ -265,12 +311,18 @@ pub(crate) struct Shared<F: Format, H: Host> {
     pub(crate) address_spaces: u8,
     pub(crate) physical_bits: u32,
     pub(crate) mmio_caching: bool,
+    pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) eager_split: bool,
+    pub(crate) nx: NxHugePages,
+    /// Frame at which the next recovery of tables begins. Written by recoveries.
+    pub(crate) nx_cursor: CachePadded<Plain>,
     pub(crate) max_leaf: Level,
     pub(crate) slot_removal: SlotRemoval,
     /// First host frame that the processor cannot address.
     pub(crate) pfn_limit: Pfn,
     /// Sweeps, and faults that took something away, that have not flushed yet.
     pub(crate) unflushed: CachePadded<AtomicU64>,
+    pub(crate) rings: DirtyRings,
     /// The private half, if there is one.
     pub(crate) confidential: Option<Box<Confidential>>,
     /// Written by vCPUs that load a root and by sweeps.
@@ -380,6 +432,10 @@ impl<F: Format, H: Host> Mmu<F, H> {
             physical_bits: 46,
             ad_bits: AdBits::Processor,
             mmio_caching: true,
+            dirty_tracking: DirtyTracking::default(),
+            dirty_ring: 0,
+            eager_split: true,
+            nx_huge_pages: false,
             max_leaf: Level::L3,
             garbage_bound: 4096,
             slot_removal: SlotRemoval::default(),

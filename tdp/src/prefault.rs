@@ -17,7 +17,7 @@ use crate::frozen::{EntryPlace, FrozenEntry};
 use crate::handoff::{is_blocked, private_leaf};
 use crate::host::{Host, Lookup};
 use crate::private_fault::Origin;
-use crate::protected::{Content, Failure, HandOffStep, ProtectedTable};
+use crate::protected::{Content, Failure, HandOffCause, HandOffStep, ProtectedTable};
 use crate::stats::{Stat, Tally};
 use crate::table;
 use crate::vcpu::{Vcpu, VcpuCore};
@@ -158,6 +158,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             let usable = slot.is_plain()
                 && slot.contains(gfn)
                 && confidential.attributes.get(gfn) == Visibility::Private;
+            if !usable {
+                break;
+            }
             let Lookup::Mapped(mapping) = shared.host.lookup_private(slot, gfn) else {
                 break;
             };
@@ -165,7 +168,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 first = mapping.pfn;
             }
             let next = Pfn(first.0 + run.len() as u64);
-            if !usable || mapping.pfn != next || mapping.pfn >= shared.pfn_limit {
+            if mapping.pfn != next || mapping.pfn >= shared.pfn_limit {
                 break;
             }
             let place = EntryPlace {
@@ -189,6 +192,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let done = match hook.install_many(&run, first, Content::Pending) {
             Ok(()) => run.len(),
             Err(Failure::Partial(done)) => done.min(run.len()),
+            Err(Failure::Fatal | Failure::Incomplete(_)) => {
+                shared.lose_if(HandOffCause::Fatal);
+                0
+            }
             // Put back; the next one goes by itself and meets whatever it was.
             Err(_) => 0,
         };

@@ -91,6 +91,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             let fast = self.core.private_fast(&section, gfn, at_most);
             drop(section);
             if let Some(outcome) = fast {
+                self.core.sent_back.resolved(gfn);
                 return Ok(outcome);
             }
         }
@@ -136,10 +137,21 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             };
             let reason = match step {
                 Step::Done(outcome) => {
-                    self.core.note_resolved(gfn);
+                    self.core.sent_back.resolved(gfn);
                     return Ok(outcome);
                 }
                 Step::Failed(error) => return Ok(self.core.ctx.refused(error)),
+                Step::Unblock => {
+                    let as_id = self.core.ctx.as_id;
+                    match self.core.ctx.shared.unblock_private(as_id, gfn) {
+                        // The way is free: nothing to wait for.
+                        Ok(()) => continue,
+                        Err(error) => match error.cause {
+                            HandOffCause::Busy => RetryReason::Frozen,
+                            _ => return Ok(self.core.ctx.refused(error)),
+                        },
+                    }
+                }
                 Step::Split => {
                     let as_id = self.core.ctx.as_id;
                     match self.core.ctx.shared.split_private(as_id, gfn, at_most) {
@@ -161,8 +173,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 Origin::Guest => core.may_send_back(gfn),
                 Origin::Prefault | Origin::Image(..) => true,
             };
-            if pause.is_over() && may_end(&mut self.core) {
-                return Ok(self.core.ctx.retry(reason));
+            if pause.is_over() {
+                if may_end(&mut self.core) {
+                    return Ok(self.core.ctx.retry(reason));
+                }
+                // A module that is busy with vCPUs in the guest is waited for without end else.
+                self.core.ctx.shared.host.protected().kick();
+                pause = Pause::new();
             }
             pause.wait();
         }
@@ -198,7 +215,8 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
                 Attempt::Step(Step::Done(outcome)) => outcome,
                 Attempt::Step(Step::Failed(error)) => core.ctx.refused(error),
                 Attempt::Step(Step::Wait(reason)) => core.ctx.retry(reason),
-                Attempt::Step(Step::Split) => core.ctx.retry(RetryReason::Raced),
+                // Both wait for a ticket, which a batch does not.
+                Attempt::Step(Step::Split | Step::Unblock) => core.ctx.retry(RetryReason::Frozen),
                 Attempt::Sleep(..) => core.ctx.retry(RetryReason::Backing),
             },
         )
@@ -255,21 +273,29 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup_private(slot, gfn) else {
             return None;
         };
-        if mapping.level.min(at_most) != Level::L1 && self.ctx.capabilities.leaf_levels != Level::L1
-        {
-            return None;
-        }
         if mapping.pfn >= self.ctx.shared.pfn_limit {
             return None;
         }
         let root = self.ctx.private_root.as_deref()?;
-        match self.ctx.install_private_4k(root, gfn, mapping.pfn)? {
+        let ctx = &self.ctx;
+        let mut goal = mapping.level.min(at_most).min(ctx.capabilities.leaf_levels);
+        if goal > Level::L1 {
+            // Nothing is under invalidation, and whatever comes to be waits for this section.
+            goal = ctx.aligned(gfn, mapping.pfn, slot.level_at(gfn, goal));
+            goal = ctx.uniform_level(gfn, goal);
+        }
+        let step = if goal == Level::L1 {
+            ctx.install_private_fast(root, gfn, mapping.pfn, Level::L1)?
+        } else {
+            ctx.install_private_fast(root, gfn, mapping.pfn, goal)?
+        };
+        match step {
             Step::Done(outcome) => {
                 self.ctx.count(outcome);
                 Some(outcome)
             }
             Step::Failed(error) => Some(self.ctx.refused(error)),
-            Step::Wait(_) | Step::Split => None,
+            Step::Wait(_) | Step::Split | Step::Unblock => None,
         }
     }
 
@@ -378,9 +404,12 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
         while self.twins.len() < TWINS_PER_FAULT {
             let table = self.ctx.shared.host.protected();
-            match table.allocate_twins(self.twins.room(TWINS_TOP_UP)) {
+            let room = self.twins.room(TWINS_TOP_UP);
+            let most = room.len();
+            match table.allocate_twins(room) {
                 Ok(count) if count > 0 => {
-                    self.twins.grown(count);
+                    // No more than was asked for, whatever the host says: the rest of the room holds twins of before.
+                    self.twins.grown(count.min(most));
                 }
                 Ok(_) => return Err(OutOfFrames { limit: 0 }.into()),
                 Err(error) => return Err(error.into()),
@@ -391,19 +420,56 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 
     /// Whether the guest may be entered once more with its fault at `gfn` unresolved. Counts it.
     fn may_send_back(&mut self, gfn: Gfn) -> bool {
-        let (last, times) = self.sent_back;
-        let times = if last == gfn { times } else { 0 };
-        if times >= MAX_SENT_BACK {
-            return false;
+        let may = self.sent_back.may(gfn);
+        self.ctx.shard.add(Stat::SentBack, i64::from(may));
+        may
+    }
+}
+
+/// Private frames whose faults were last sent back to the guest unresolved, and how often since they were last resolved.
+/// One instruction can touch several pages, and a module counts by instruction: it is no help that the guest comes back for
+/// another address in between.
+#[derive(Debug, Default)]
+pub(crate) struct SentBack {
+    frames: [Option<(Gfn, u32)>; SentBack::FRAMES],
+    /// Forgotten next.
+    next: usize,
+    /// Whether there may be any.
+    any: bool,
+}
+
+impl SentBack {
+    /// Pages that one instruction can touch: its own, its source and its destination, each across a boundary; and to spare.
+    const FRAMES: usize = 8;
+
+    fn may(&mut self, gfn: Gfn) -> bool {
+        if let Some((_, times)) = self.frames.iter_mut().flatten().find(|it| it.0 == gfn) {
+            let may = *times < MAX_SENT_BACK;
+            *times += u32::from(may);
+            return may;
         }
-        self.sent_back = (gfn, times + 1);
-        self.ctx.shard.add(Stat::SentBack, 1);
+        self.any = true;
+        let free = self.frames.iter().position(Option::is_none);
+        let at = free.unwrap_or(self.next);
+        self.frames[at] = Some((gfn, 1));
+        self.next = (at + 1) % Self::FRAMES;
         true
     }
 
-    fn note_resolved(&mut self, gfn: Gfn) {
-        if self.sent_back.0 == gfn {
-            self.sent_back.1 = 0;
+    #[inline(always)]
+    fn resolved(&mut self, gfn: Gfn) {
+        if self.any {
+            self.forget(gfn);
         }
+    }
+
+    #[cold]
+    fn forget(&mut self, gfn: Gfn) {
+        for frame in &mut self.frames {
+            if frame.is_some_and(|it| it.0 == gfn) {
+                *frame = None;
+            }
+        }
+        self.any = self.frames.iter().any(Option::is_some);
     }
 }

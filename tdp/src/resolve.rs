@@ -18,6 +18,7 @@ use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
 use crate::invalidate::Ranges;
+use crate::nx;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::table;
@@ -93,6 +94,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
             self.ctx.map_at(gfn, mapping, Level::L1, access, prefetch)
+        } else if self.ctx.shared.nx.is_on() {
+            Fast::GaveUp
         } else {
             let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
             self.ctx.map_at(gfn, mapping, goal, access, prefetch)
@@ -128,6 +131,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if slot.changing {
             return Resolution::Done(self.ctx.retry(RetryReason::SlotChanging));
         }
+        if self.ctx.ring_is_full(slot) {
+            return Resolution::Done(Outcome::DirtyRingFull);
+        }
         if fault.access.is_write() && slot.flags().contains(SlotFlags::READ_ONLY) {
             // Whatever the backing would say.
             self.ctx.shard.add(Stat::Mmio, 1);
@@ -141,8 +147,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
         if let Lookup::Mapped(mapping) = lookup {
             let limit = slot.level_at(gfn, fault.max_level.min(mapping.level));
-            let (flags, goal) = (slot.flags(), self.ctx.uniform_level(gfn, limit));
-            return Resolution::Done(self.install_backed(fault, flags, goal, mapping, invalidated));
+            let goal = self.ctx.uniform_level(gfn, limit);
+            return Resolution::Done(self.install_backed(fault, slot, goal, mapping, invalidated));
         }
         Resolution::Done(match lookup {
             Lookup::Blocking => {
@@ -185,7 +191,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             Lookup::Mapped(mapping) => {
                 let goal = slept_on.level_at(gfn, fault.max_level.min(mapping.level));
                 let goal = self.ctx.uniform_level(gfn, goal);
-                self.install_backed(fault, slept_on.flags(), goal, mapping, invalidated)
+                self.install_backed(fault, slept_on, goal, mapping, invalidated)
             }
             Lookup::Failed => self.ctx.memory_fault(MemoryFault::NotBacked),
             Lookup::Blocking | Lookup::Retry => self.ctx.retry(RetryReason::Backing),
@@ -195,25 +201,34 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     fn install_backed(
         &mut self,
         fault: Fault,
-        flags: SlotFlags,
+        slot: &Slot<H::Backing>,
         goal: Level,
         mapping: Mapping,
         invalidated: Option<&Ranges>,
     ) -> Outcome {
         let mut perms = mapping.perms;
-        if flags.contains(SlotFlags::READ_ONLY) {
+        if slot.flags().contains(SlotFlags::READ_ONLY) {
             perms = perms.difference(Perms::WRITE);
         }
-        self.install_mapping(fault, goal, mapping, perms, invalidated)
+        let clean = self.ctx.installs_clean(slot, fault.access);
+        let outcome = self.install_mapping(fault, goal, mapping, perms, clean, invalidated);
+        if let Outcome::Fixed { .. } = outcome
+            && perms.contains(Perms::WRITE)
+            && !clean
+        {
+            self.ctx.log_write(slot, fault.gpa.gfn());
+        }
+        outcome
     }
 
-    /// Checks a mapping and installs it.
+    /// Checks a mapping and installs it, with the dirty bit clear if `clean`.
     pub(crate) fn install_mapping(
         &mut self,
         fault: Fault,
         goal: Level,
         mapping: Mapping,
         perms: Perms,
+        clean: bool,
         invalidated: Option<&Ranges>,
     ) -> Outcome {
         if !perms.contains(fault.access.needs()) || !F::can_express(perms) {
@@ -228,13 +243,21 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         while goal > Level::L1 && self.ctx.is_among(invalidated, gfn, goal) {
             goal = goal.below_or_leaf();
         }
-        let attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
-        let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
-        event::spte_requested(self.ctx.as_id, gfn, goal, pfn);
+        let withholds = self.ctx.shared.nx.is_on();
+        let wanted = goal;
+        if withholds && (fault.access.is_execute() || !nx::leaves_something(perms)) {
+            goal = Level::L1;
+        }
+        let mut attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
+        attrs.dirty &= !clean;
+        let first = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
+        event::spte_requested(self.ctx.as_id, gfn, goal, first);
         let request = Request {
             gfn,
             goal,
-            pfn,
+            wanted,
+            withholds,
+            frame: mapping.pfn,
             attrs,
             access: fault.access,
             prefetch: fault.prefetch,

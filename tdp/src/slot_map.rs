@@ -95,6 +95,23 @@ pub struct Slots<'a, F: Format, H: Host> {
     shared: &'a Arc<Shared<F, H>>,
 }
 
+/// A slot whose faults are told to wait. Dropped, on failure or by a panic of the host or of the hook, it is as it was: the
+/// guest has some of its private memory still, so it stays.
+struct Changing<'s, 'a, F: Format, H: Host> {
+    slots: &'s Slots<'a, F, H>,
+    as_id: AddressSpaceId,
+    id: SlotId,
+}
+
+impl<F: Format, H: Host> Drop for Changing<'_, '_, F, H> {
+    fn drop(&mut self) {
+        // The writer's lock is held since the slot was found: it is there.
+        let _ = self
+            .slots
+            .change(self.as_id, self.id, |slot| Some(slot.changing(false)));
+    }
+}
+
 impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     pub(crate) fn new(shared: &'a Arc<Shared<F, H>>) -> Self {
         Self { shared }
@@ -200,7 +217,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         moved.map(RootTeardown::finish)
     }
 
-    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped.
+    /// Changes a slot's flags. A change of [`SlotFlags::READ_ONLY`] takes away what the slot mapped. With
+    /// [`SlotFlags::LOG_DIRTY`] the log begins: when this returns, every write is noticed. Without it the log ends, and what
+    /// was split for it becomes large again ([`Mmu::collapse`](crate::Mmu::collapse)).
     ///
     /// Waits as [`remove`](Slots::remove) does.
     ///
@@ -217,13 +236,27 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             |slot: &Slot<H::Backing>| (slot.flags() ^ flags).contains(SlotFlags::READ_ONLY);
         // Held from here on: another change of the flags must not come between the question and its answer.
         let writer = self.shared.slots.writer.lock();
-        if self.by_id(as_id, id).as_deref().is_some_and(remaps) {
+        let before = self.by_id(as_id, id);
+        if before.as_deref().is_some_and(remaps) {
             let change = |slot: Slot<H::Backing>| Some(slot.with_flags(flags));
-            self.replace(&writer, as_id, id, SlotRemoval::Zap, change)
-                .map(RootTeardown::finish)
-        } else {
-            self.change(as_id, id, |slot| Some(slot.with_flags(flags)))
+            return self
+                .replace(&writer, as_id, id, SlotRemoval::Zap, change)
+                .map(RootTeardown::finish);
         }
+        self.change(as_id, id, |slot| Some(slot.with_flags(flags)))?;
+        let logged = |slot: &Slot<H::Backing>| slot.bitmap().is_some();
+        let (Some(before), Some(now)) = (before, self.by_id(as_id, id)) else {
+            return Ok(());
+        };
+        if logged(&now) && !logged(&before) {
+            // A fault that knew the slot without its log may still make a leaf writable, or a large one. The fence inside
+            // pairs with the one at the start of every critical section: a fault that is not waited for sees the log.
+            self.shared.domain.synchronize_sections();
+            self.shared.start_log(&now).flush();
+        } else if logged(&before) && !logged(&now) {
+            self.shared.collapse(as_id, now.gfns()).flush();
+        }
+        Ok(())
     }
 
     /// Takes away what a slot maps and puts what `change` makes of it in its place.
@@ -244,6 +277,11 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
             now.by_id(as_id, id)?.gfns()
         };
         self.change(as_id, id, |slot| Some(slot.changing(true)))?;
+        let changing = Changing {
+            slots: self,
+            as_id,
+            id,
+        };
         // INV: no-stale-install: the fence inside pairs with the one at the start of every critical section. A fault
         // that is not waited for began later and sees the slot changing.
         self.shared.domain.synchronize_sections();
@@ -254,11 +292,10 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         if !teardown.is_left_by_all() {
             self.shared.zap(as_id, gfns, ZapScope::Leaves).flush();
         }
-        if let Err(error) = self.shared.remove_private(as_id, gfns) {
-            // The guest has some of it still, so the slot stays.
-            self.change(as_id, id, |slot| Some(slot.changing(false)))?;
-            return Err(SlotError::Private(error));
-        }
+        self.shared
+            .remove_private(as_id, gfns)
+            .map_err(SlotError::Private)?;
+        core::mem::forget(changing);
         self.change(as_id, id, |slot| change(slot.changing(false)))?;
         Ok(teardown)
     }

@@ -13,6 +13,7 @@
 //! in a tree that a vCPU may still run on. Each published change of the map moves the
 //! generation, which makes MMIO entries made under an older one stale.
 
+use crate::dirty::DirtyBitmap;
 use crate::host::{AddressSpaceId, MAX_ADDRESS_SPACES};
 use crate::range::RemovalError;
 use alloc::boxed::Box;
@@ -26,8 +27,14 @@ bitflags::bitflags! {
     pub struct SlotFlags: u32 {
         /// The guest may read and fetch; its writes are the embedder's to emulate.
         const READ_ONLY = 1 << 0;
-        /// Writes are being logged: no large leaves.
+        /// Writes are being logged ([`Mmu::dirty_log`](crate::Mmu::dirty_log)): no large leaves.
         const LOG_DIRTY = 1 << 1;
+        /// Collecting the log only reads it; pages are cleared explicitly, when they are about to be copied. Means
+        /// nothing without [`LOG_DIRTY`](SlotFlags::LOG_DIRTY).
+        const LOG_MANUAL = 1 << 2;
+        /// The log begins with every page marked, and leaves are restricted as they are cleared and not all at once. Means
+        /// nothing without [`LOG_DIRTY`](SlotFlags::LOG_DIRTY).
+        const LOG_INITIALLY_SET = 1 << 3;
     }
 }
 
@@ -52,6 +59,8 @@ pub struct Slot<B> {
     id: SlotId,
     explicit_id: bool,
     as_id: AddressSpaceId,
+    /// Marks of written frames, while it is logged.
+    bitmap: Option<Arc<DirtyBitmap>>,
     backing: B,
 }
 
@@ -69,6 +78,7 @@ impl<B> Slot<B> {
             id: SlotId(0),
             explicit_id: false,
             as_id: AddressSpaceId(0),
+            bitmap: None,
             backing,
         }
     }
@@ -135,6 +145,12 @@ impl<B> Slot<B> {
     #[inline(always)]
     pub(crate) fn is_plain(&self) -> bool {
         self.plain
+    }
+
+    /// Marks of written frames, while it is logged.
+    #[inline(always)]
+    pub(crate) fn bitmap(&self) -> Option<&Arc<DirtyBitmap>> {
+        self.bitmap.as_ref()
     }
 
     /// Whether `gfn` lies in the slot.
@@ -323,6 +339,7 @@ impl<B: Clone> Snapshot<B> {
             }
         }
         let id = slot.id;
+        slot.bitmap = None;
         let mut next = self.next();
         next.put(slot);
         Ok((next, id))
@@ -355,7 +372,13 @@ impl<B: Clone> Snapshot<B> {
         })
     }
 
-    fn put(&mut self, slot: Slot<B>) {
+    fn put(&mut self, mut slot: Slot<B>) {
+        if !slot.flags.contains(SlotFlags::LOG_DIRTY) {
+            slot.bitmap = None;
+        } else if slot.bitmap.is_none() {
+            let marked = slot.flags.contains(SlotFlags::LOG_INITIALLY_SET);
+            slot.bitmap = Some(Arc::new(DirtyBitmap::new(slot.pages, marked)));
+        }
         let space = &mut self.spaces[usize::from(slot.as_id.0)];
         let at = space.partition_point(|other| other.gfns.start < slot.gfns.start);
         space.insert(at, Arc::new(slot));

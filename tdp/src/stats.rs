@@ -27,6 +27,7 @@ stats! {
     Fixed, Spurious, Mmio, MemoryFault,
     RetryRaced, RetryFrozen, RetryInvalidation, RetrySlotChanging, RetryRootObsolete, RetryBacking,
     Splits, Collapses, Upgrades, Unlinked, Flushes, RootsMade, RootsInvalidated,
+    NxTables, NxRecovered,
     FrozenWaits, SentBack, Leaked,
     CallLink, CallInstall, CallBlock, CallFlush, CallUnblock, CallRemove, CallUnlink, CallSplit, CallMerge, CallReclaim,
     BusyLink, BusyInstall, BusyBlock, BusyFlush, BusyUnblock, BusyRemove, BusyUnlink, BusySplit, BusyMerge, BusyReclaim,
@@ -171,6 +172,8 @@ impl Shards {
             collapses: get(Stat::Collapses),
             upgrades: get(Stat::Upgrades),
             unlinked: get(Stat::Unlinked),
+            nx_tables: get(Stat::NxTables),
+            nx_recovered: get(Stat::NxRecovered),
             flushes: get(Stat::Flushes),
             roots_made: get(Stat::RootsMade),
             roots_invalidated: get(Stat::RootsInvalidated),
@@ -181,6 +184,8 @@ impl Shards {
                 frozen_waits: get(Stat::FrozenWaits),
                 sent_back: get(Stat::SentBack),
                 carried: 0,
+                carrier_waits: 0,
+                ticket_waits: 0,
                 leaked: get(Stat::Leaked),
             },
         }
@@ -201,6 +206,10 @@ pub struct ProtectedStats {
     pub sent_back: u64,
     /// Removals that were carried by another thread than the one that asked.
     pub carried: u64,
+    /// Removals that had to wait because another thread was carrying; those that it carried are among them.
+    pub carrier_waits: u64,
+    /// Times that a thread waited for a ticket which another thread tended. A wait for one's own ticket is for the guest.
+    pub ticket_waits: u64,
     /// Frames of 4 KiB, pages and twins of tables, that the module did not give back and the host must never use again.
     pub leaked: u64,
 }
@@ -243,6 +252,10 @@ pub struct Stats {
     pub upgrades: u64,
     /// Tables unlinked.
     pub unlinked: u64,
+    /// Tables linked now that stand only because the guest fetched there while large leaves are kept from being executable.
+    pub nx_tables: u64,
+    /// Such tables that recovery took away.
+    pub nx_recovered: u64,
     /// Flushes asked of the host.
     pub flushes: u64,
     /// Root tables made.

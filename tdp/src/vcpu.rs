@@ -6,10 +6,12 @@
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one. So are the roots that it has left for another
 //! address space or another kind of tree, until it finds them obsolete.
 
+use crate::dirty::DirtyRing;
 use crate::event;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
+use crate::private_fault::SentBack;
 use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
 use crate::root::{CachedRoot, LoadedRoot, Root, RootCache};
@@ -45,8 +47,8 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
     pub(crate) cache: TableCache,
     /// Pages to be given to the module as twins of tables.
     pub(crate) twins: TableCache,
-    /// The private fault that was last sent back to the guest unresolved, and how often in a row.
-    pub(crate) sent_back: (Gfn, u32),
+    /// The private faults that were last sent back to the guest unresolved.
+    pub(crate) sent_back: SentBack,
 }
 
 /// What a fault reads and does not change: where it works, and for whom.
@@ -59,6 +61,8 @@ pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
+    /// Where it notes the pages that it lets be written, if there are rings.
+    pub(crate) ring: Option<Arc<DirtyRing>>,
 }
 
 /// The slot that was used last, and the version of the slot map under which it was found.
@@ -94,6 +98,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 confidential.capabilities
             });
         let shard = shared.shards.vcpu();
+        let ring = shared.rings.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
             ctx: Context {
@@ -103,12 +108,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 shared,
                 shard,
                 as_id,
+                ring,
             },
             hint: SlotHint::none(),
             left: RootCache::new(),
             cache: TableCache::new(),
             twins: TableCache::new(),
-            sent_back: (Gfn(u64::MAX), 0),
+            sent_back: SentBack::default(),
         };
         Ok(Self { reader, core })
     }
@@ -416,7 +422,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }
-        self.install_mapping(fault, mapping.level, mapping, mapping.perms, None)
+        self.install_mapping(fault, mapping.level, mapping, mapping.perms, false, None)
     }
 
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, or where more waits for
@@ -448,7 +454,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     fn allocate(&mut self) -> Result<(), OutOfFrames> {
         let shared = &*self.ctx.shared;
         let frames = shared.host.frames();
-        let count = frames.allocate(self.cache.room(TOP_UP))?;
+        let room = self.cache.room(TOP_UP);
+        let most = room.len();
+        // No more than was asked for, whatever the host says: the rest of the room holds tables of before.
+        let count = frames.allocate(room)?.min(most);
         for &pfn in self.cache.grown(count) {
             shared.meta.set_state(pfn, TableState::Spare);
             table::page(frames, pfn).fill(|_| F::EMPTY);

@@ -12,7 +12,8 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed};
 use tdp_arch::walker::{GuestAccess, Permissions, Translation, WalkError, Walker};
 use tdp_arch::{
-    Access, AdBits, Decoded, Ept, Gfn, Gpa, Hpa, Level, MMIO_GENERATION_BITS, Npt, Perms, Pfn, Spte,
+    Access, AdBits, Decoded, Ept, Gfn, Gpa, Hpa, LeafAttrs, Level, MMIO_GENERATION_BITS, Npt,
+    Perms, Pfn, Spte,
 };
 use walker_support::{Memory, ROOT, table_of};
 
@@ -97,6 +98,13 @@ fn a_leaf_is_decoded<F: Machine>(scene: Scene) -> Result<(), TestCaseError> {
     );
     prop_assert_eq!(leaf.0 & F::WRITABLE != 0, perms.contains(Perms::WRITE));
     prop_assert_eq!(leaf.0 & F::NX_SPLIT, 0);
+    if !perms.is_empty() {
+        let fetched = LeafAttrs {
+            perms: attrs.perms | Perms::EXEC | Perms::USER_EXEC,
+            ..attrs
+        };
+        prop_assert_eq!(F::permit_fetch(leaf), F::leaf(pfn, level, fetched));
+    }
     Ok(())
 }
 

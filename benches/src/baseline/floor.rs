@@ -3,14 +3,17 @@
 //! Every table exists before the clock starts and none ever goes away, so the walk protects itself against nothing;
 //! there is no slot, no staleness check, no statistics, and nobody looks at whether the entry was empty. The levels
 //! are constants, so that the walk is straight-line code. Nothing that installs an entry from several threads can
-//! do less.
+//! do less. Its sweep is one pass over all entries with one compare-exchange for each that changes, and nothing else.
 
 use super::tree::{Stuck, Table, Tree};
-use super::{Setup, translate};
+use super::{Memory, Setup, left, swept_by_processor, translate};
+use crate::ours::Walked;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
+use crate::sweeping::{Kind, Sweeping};
 use crate::sync::Ordering;
-use tdp_arch::{Format, Gfn, Level, Pfn};
+use tdp_arch::walker::{GuestAccess, WalkError, Walker};
+use tdp_arch::{Access, Format, Gfn, GfnRange, Gpa, Level, Pfn};
 
 /// The floor for trees with a root of level `ROOT` and leaves of level `LEAF`.
 #[derive(Debug)]
@@ -18,6 +21,7 @@ pub struct Floor<F, const ROOT: u8, const LEAF: u8> {
     tree: Tree<F, ROOT>,
     /// What turns a guest frame into its host frame.
     offset: u64,
+    memory: Memory,
 }
 
 impl<F: Format, const ROOT: u8, const LEAF: u8> Floor<F, ROOT, LEAF> {
@@ -37,6 +41,7 @@ impl<F: Format, const ROOT: u8, const LEAF: u8> Floor<F, ROOT, LEAF> {
             gfn = Gfn((gfn.0 & !(span - 1)) + span);
         }
         Ok(Self {
+            memory: Memory::of(&tree),
             tree,
             offset: backing.pfn.0.wrapping_sub(backing.gfns.start.0),
         })
@@ -87,5 +92,20 @@ impl<F: Format, const ROOT: u8, const LEAF: u8> Contender for Floor<F, ROOT, LEA
 
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
         translate(&self.tree, gfn)
+    }
+}
+
+impl<F: Walked, const ROOT: u8> Sweeping for Floor<F, ROOT, 1> {
+    swept_by_processor!();
+
+    fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error> {
+        self.tree.small_tables(gfns, |table, part| {
+            table.sweep(part, K::change::<F>);
+        });
+        Ok(())
+    }
+
+    fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
+        left::<F, K, ROOT>(&self.tree, gfns)
     }
 }

@@ -25,8 +25,11 @@ pub mod x86;
 
 use crate::race::Translation;
 use crate::report::Error;
+use crate::sweeping::Kind;
 use host::Backing;
-use tdp_arch::{Format, Gfn, GfnRange, Level, PAGE_SIZE, Perms, Pfn};
+use std::sync::Arc;
+use tdp_arch::walker::{GuestAccess, WalkError, Walker};
+use tdp_arch::{Format, Gfn, GfnRange, Gpa, Hpa, Level, PAGE_SIZE, Perms, Pfn};
 use tree::{Arena, Tree};
 
 /// Levels of the published crates.
@@ -98,6 +101,78 @@ fn translate<F: Format, const ROOT: u8>(tree: &Tree<F, ROOT>, gfn: Gfn) -> Optio
         permitted: F::perms(spte) == Perms::RWX,
     })
 }
+
+/// The tables of a tree as the processor sees them, whatever lock the tree is under.
+#[derive(Clone, Debug)]
+struct Memory {
+    arena: Arc<Arena>,
+    root: Hpa,
+}
+
+impl Memory {
+    fn of<F: Format, const ROOT: u8>(tree: &Tree<F, ROOT>) -> Self {
+        Self {
+            arena: tree.arena().clone(),
+            root: tree.root_address(),
+        }
+    }
+
+    #[inline]
+    fn walk<W: Walker>(
+        &self,
+        walker: &W,
+        gpa: Gpa,
+        access: GuestAccess,
+    ) -> Result<tdp_arch::walker::Translation, WalkError<W::Fault>> {
+        walker.walk(&*self.arena, self.root, gpa, access)
+    }
+}
+
+/// [`Sweeping::left`](crate::sweeping::Sweeping::left) for a tree.
+fn left<F: Format, K: Kind, const ROOT: u8>(tree: &Tree<F, ROOT>, gfns: GfnRange) -> u64 {
+    let mut left = 0;
+    tree.small_tables(gfns, |table, part| {
+        left += table.count(part, |spte| K::change::<F>(spte).is_some());
+    });
+    left
+}
+
+/// The parts of `gfns` that a table of level 1 maps each.
+fn tables(gfns: GfnRange) -> impl Iterator<Item = GfnRange> {
+    let mut rest = gfns;
+    std::iter::from_fn(move || {
+        let end = Level::L2.range(rest.start).end.min(rest.end);
+        let part = GfnRange {
+            start: rest.start,
+            end,
+        };
+        rest.start = end;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
+/// What a baseline's [`Sweeping`](crate::sweeping::Sweeping) shares: everything but the sweep itself.
+macro_rules! swept_by_processor {
+    () => {
+        type Format = F;
+
+        #[inline]
+        fn access<W: Walker>(
+            &self,
+            walker: &W,
+            gpa: Gpa,
+            access: GuestAccess,
+        ) -> Result<tdp_arch::walker::Translation, WalkError<W::Fault>> {
+            self.memory.walk(walker, gpa, access)
+        }
+
+        #[inline]
+        fn fault(&self, worker: &mut Self::Worker, gfn: Gfn, _access: Access) -> Result<(), Stuck> {
+            self.resolve(worker, gfn)
+        }
+    };
+}
+use swept_by_processor;
 
 #[cfg(test)]
 mod tests;

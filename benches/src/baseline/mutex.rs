@@ -1,16 +1,20 @@
 //! Plain tables under one mutex: what one writes first.
 //!
 //! The whole fault runs under the lock: slot, staleness, level, walk, install, statistics. Entries are loaded and
-//! stored without any ordering of their own.
+//! stored without any ordering of their own. A sweep takes the lock and lets go of it between two tables if somebody waits;
+//! only there are entries exchanged, because the processor sets bits without asking for the lock.
 
 use super::host::{Counters, Host};
 use super::tree::{Stuck, Tree};
-use super::{Setup, translate};
+use super::{Memory, Setup, left, swept_by_processor, tables, translate};
+use crate::ours::Walked;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
+use crate::sweeping::{Kind, Sweep, Sweeping};
 use crate::sync::Ordering;
-use parking_lot::Mutex;
-use tdp_arch::{Access, Format, Gfn, Level};
+use parking_lot::{Mutex, MutexGuard};
+use tdp_arch::walker::{GuestAccess, WalkError, Walker};
+use tdp_arch::{Access, Format, Gfn, GfnRange, Gpa, Level};
 
 /// See the module.
 #[derive(Debug)]
@@ -18,6 +22,7 @@ pub struct OneMutex<F, const ROOT: u8> {
     host: Host,
     state: Mutex<State<F, ROOT>>,
     leaf: Level,
+    memory: Memory,
 }
 
 /// What the lock protects.
@@ -35,13 +40,16 @@ impl<F: Format, const ROOT: u8> OneMutex<F, ROOT> {
     ///
     /// If the memory is not there.
     pub fn new(setup: &Setup) -> Result<Self, Error> {
+        let tree = setup.tree()?;
+        let memory = Memory::of(&tree);
         let state = Mutex::new(State {
-            tree: setup.tree()?,
+            tree,
             pages: [0; 3],
         });
         Ok(Self {
             host: Host::new(setup.backing),
             state,
+            memory,
             leaf: setup.backing.level,
         })
     }
@@ -92,5 +100,28 @@ impl<F: Format, const ROOT: u8> Contender for OneMutex<F, ROOT> {
 
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
         translate(&self.state.lock().tree, gfn)
+    }
+}
+
+impl<F: Walked, const ROOT: u8> Sweeping for OneMutex<F, ROOT> {
+    swept_by_processor!();
+
+    fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error> {
+        let mut guard = self.state.lock();
+        for part in tables(gfns) {
+            let state = &mut *guard;
+            state.tree.small_tables(part, |table, part| {
+                let changed = table.sweep(part, K::change::<F>);
+                if K::SWEEP == Sweep::Zap {
+                    state.pages[0] = state.pages[0].wrapping_sub(changed);
+                }
+            });
+            MutexGuard::bump(&mut guard);
+        }
+        Ok(())
+    }
+
+    fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
+        left::<F, K, ROOT>(&self.state.lock().tree, gfns)
     }
 }

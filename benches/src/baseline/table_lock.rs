@@ -2,16 +2,19 @@
 //! still part of the tree, store, unlock.
 //!
 //! In CortenMM the walk runs in an RCU section; here tables are never freed and the walk needs none. The locks lie in
-//! metadata beside the tables, a cache line each.
+//! metadata beside the tables, a cache line each. A sweep takes the lock of each table once for all of its entries.
 
 use super::host::{Counters, Host};
 use super::tree::{Stuck, Tree};
-use super::{Setup, translate};
+use super::{Memory, Setup, left, swept_by_processor, translate};
+use crate::ours::Walked;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
+use crate::sweeping::{Kind, Sweeping};
 use crate::sync::Ordering;
 use parking_lot::Mutex;
-use tdp_arch::{Access, Format, Gfn, Level, Pfn};
+use tdp_arch::walker::{GuestAccess, WalkError, Walker};
+use tdp_arch::{Access, Format, Gfn, GfnRange, Gpa, Level, Pfn};
 
 /// Metadata of one table page.
 #[derive(Debug, Default)]
@@ -28,6 +31,7 @@ pub struct TableLock<F, const ROOT: u8> {
     tree: Tree<F, ROOT>,
     meta: Vec<Meta>,
     leaf: Level,
+    memory: Memory,
 }
 
 impl<F: Format, const ROOT: u8> TableLock<F, ROOT> {
@@ -41,6 +45,7 @@ impl<F: Format, const ROOT: u8> TableLock<F, ROOT> {
         let meta = (0..tree.arena().pages()).map(|_| Meta::default()).collect();
         Ok(Self {
             host: Host::new(setup.backing),
+            memory: Memory::of(&tree),
             tree,
             meta,
             leaf: setup.backing.level,
@@ -87,5 +92,23 @@ impl<F: Format, const ROOT: u8> Contender for TableLock<F, ROOT> {
 
     fn translate(&self, gfn: Gfn) -> Option<Translation> {
         translate(&self.tree, gfn)
+    }
+}
+
+impl<F: Walked, const ROOT: u8> Sweeping for TableLock<F, ROOT> {
+    swept_by_processor!();
+
+    fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error> {
+        self.tree.small_tables(gfns, |table, part| {
+            let stray = self.meta[self.tree.number(table)].stray.lock();
+            if !*stray {
+                table.sweep(part, K::change::<F>);
+            }
+        });
+        Ok(())
+    }
+
+    fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
+        left::<F, K, ROOT>(&self.tree, gfns)
     }
 }

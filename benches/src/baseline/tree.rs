@@ -6,7 +6,8 @@
 //! Tables are taken from the arena and linked, which is rare, under a lock; none is ever unlinked, so that nothing here
 //! needs reclamation. What an
 //! entry may hold is kept by this module alone: `Table::link` is the only writer of an entry that points to a
-//! table, and every other entry that is written is a leaf of the table's own level.
+//! table, and every other entry that is written is a leaf of the table's own level, or in a table of level 1, from which
+//! nothing leads on.
 
 // UNSAFETY: turns the address in an entry into a reference, and maps the arena.
 #![allow(unsafe_code)]
@@ -17,7 +18,11 @@ use parking_lot::Mutex;
 use std::io;
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
-use tdp_arch::{ENTRIES_PER_TABLE, Format, Gfn, LeafAttrs, Level, PAGE_SIZE, Perms, Pfn, Spte};
+use std::sync::Arc;
+use tdp_arch::walker::PhysicalMemory;
+use tdp_arch::{
+    ENTRIES_PER_TABLE, Format, Gfn, GfnRange, Hpa, LeafAttrs, Level, PAGE_SIZE, Perms, Pfn, Spte,
+};
 
 /// One table page.
 #[repr(C, align(4096))]
@@ -116,6 +121,34 @@ impl Arena {
     }
 }
 
+/// What the processor that walks the tables sees.
+impl PhysicalMemory for Arena {
+    fn load(&self, hpa: Hpa) -> Option<u64> {
+        self.entry(hpa).map(|entry| entry.load(Ordering::Acquire))
+    }
+
+    fn compare_exchange(&self, hpa: Hpa, current: u64, new: u64) -> Result<(), u64> {
+        self.entry(hpa)
+            .ok_or(0u64)?
+            .compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
+    }
+}
+
+impl Arena {
+    /// The entry at an address, if that lies in a page of the arena.
+    fn entry(&self, hpa: Hpa) -> Option<&AtomicU64> {
+        let offset = (hpa.0 as usize).checked_sub(self.base.as_ptr().addr())?;
+        let (page, index) = (offset / size_of::<Page>(), offset % size_of::<Page>() / 8);
+        if page >= self.pages {
+            return None;
+        }
+        // SAFETY: `page` is below `pages`, so the page lies in the mapping, which lives as long as `self`; it is
+        // initialised memory, and zeroed memory is a valid `Page`.
+        Some(unsafe { &self.base.add(page).as_ref().0[index] })
+    }
+}
+
 impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: the mapping was made in `new` with this length; every reference into it borrowed `self`. An error
@@ -128,7 +161,7 @@ impl Drop for Arena {
 /// walks.
 #[derive(Debug)]
 pub struct Tree<F, const ROOT: u8> {
-    arena: Arena,
+    arena: Arc<Arena>,
     root: usize,
     format: PhantomData<F>,
 }
@@ -146,10 +179,15 @@ impl<F: Format, const ROOT: u8> Tree<F, ROOT> {
         let root = arena.take(F::EMPTY).ok_or(Stuck::OutOfTables)?;
         let root = ptr::from_ref(root).addr();
         Ok(Self {
-            arena,
+            arena: Arc::new(arena),
             root,
             format: PhantomData,
         })
+    }
+
+    /// The address of the root table, as the processor is given it.
+    pub fn root_address(&self) -> Hpa {
+        Hpa(self.root as u64)
     }
 
     /// The root table.
@@ -165,7 +203,7 @@ impl<F: Format, const ROOT: u8> Tree<F, ROOT> {
     }
 
     /// Its tables' memory.
-    pub fn arena(&self) -> &Arena {
+    pub fn arena(&self) -> &Arc<Arena> {
         &self.arena
     }
 
@@ -190,6 +228,30 @@ impl<F: Format, const ROOT: u8> Tree<F, ROOT> {
             };
         }
         Ok(table)
+    }
+
+    /// The tables of level 1 that hold frames of `range`, in order, each with the numbers of their entries. Parts without a
+    /// table are passed over.
+    #[inline(always)]
+    pub fn small_tables(&self, range: GfnRange, mut see: impl FnMut(Table<'_, F>, Part)) {
+        let mut gfn = range.start;
+        while gfn < range.end {
+            let covered = Level::L2.range(gfn);
+            if let Some(table) = self.small_table(gfn) {
+                see(table, Part::of(covered, range));
+            }
+            gfn = covered.end;
+        }
+    }
+
+    /// The table of level 1 that holds `gfn`, if it is there.
+    #[inline(always)]
+    fn small_table(&self, gfn: Gfn) -> Option<Table<'_, F>> {
+        let mut table = self.root();
+        while table.level > Level::L1 {
+            table = table.next(gfn, Ordering::Acquire).ok()?;
+        }
+        Some(table)
     }
 
     /// Makes every leaf of `level` empty; tables stay. Nobody else may be at work, or leaves may survive.
@@ -226,6 +288,21 @@ pub enum Stuck {
 impl From<Stuck> for Error {
     fn from(stuck: Stuck) -> Self {
         Error::run("baseline", stuck)
+    }
+}
+
+/// Entries of a table: the numbers of the first and of the one after the last.
+#[derive(Clone, Copy, Debug)]
+pub struct Part(usize, usize);
+
+impl Part {
+    /// Those of the table of `covered` that hold frames of `range`.
+    fn of(covered: GfnRange, range: GfnRange) -> Self {
+        let index = |gfn: Gfn| (gfn.0 - covered.start.0) as usize;
+        Self(
+            index(covered.start.max(range.start)),
+            index(covered.end.min(range.end)),
+        )
     }
 }
 
@@ -341,6 +418,40 @@ impl<'a, F: Format> Table<'a, F> {
         self.entry(gfn)
             .compare_exchange(old.0, self.leaf(pfn).0, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
+    }
+
+    /// Replaces each entry of `part` for which `change` has another value, by one compare-exchange, and returns how many
+    /// that were. What somebody else changes at that moment is left to them if `change` is asked again and has nothing.
+    ///
+    /// # Panics
+    ///
+    /// If this is not a table of level 1.
+    #[inline(always)]
+    pub fn sweep(self, part: Part, change: impl Fn(Spte) -> Option<Spte>) -> u64 {
+        // Above it an entry may lead to a table, and `link` alone writes such.
+        assert!(self.level == Level::L1, "leaves of level 1");
+        let mut changed = 0;
+        for entry in &self.page.0[part.0..part.1] {
+            let mut old = entry.load(Ordering::Relaxed);
+            while let Some(new) = change(Spte(old)) {
+                match entry.compare_exchange(old, new.0, Ordering::AcqRel, Ordering::Relaxed) {
+                    Ok(_) => {
+                        changed += 1;
+                        break;
+                    }
+                    Err(actual) => old = actual,
+                }
+            }
+        }
+        changed
+    }
+
+    /// Entries of `part` that are as `is` asks.
+    pub fn count(self, part: Part, is: impl Fn(Spte) -> bool) -> u64 {
+        let entries = self.page.0[part.0..part.1].iter();
+        entries
+            .map(|entry| u64::from(is(Spte(entry.load(Ordering::Relaxed)))))
+            .sum()
     }
 
     fn points_to_table(self, gfn: Gfn) -> bool {

@@ -337,7 +337,7 @@ impl ProtectedTable for Null {
             .merge()
             .leaves(Level::L1, Level::L2);
         if self.options.needs_block {
-            capabilities.needs_block()
+            capabilities.needs_block().parallel_tickets()
         } else {
             capabilities
         }

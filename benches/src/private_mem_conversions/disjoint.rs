@@ -20,14 +20,20 @@ use tdp_arch::Level;
 const RANGE: u64 = 4096;
 /// Frames that are converted or removed at a time.
 const CHUNK: u64 = 512;
+/// Chunks that the one converts to and fro, and the other removes.
+const TURNS: u64 = 32;
 
 /// Times that one had to wait for another, or was told to try again.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub(super) struct Waits {
     /// For an entry that another had frozen.
     pub(super) frozen: u64,
-    /// For another to carry a removal.
+    /// Removals that another carried; each is among those that waited for a carrier.
     pub(super) carried: u64,
+    /// For another that carried, be it this removal or its own.
+    pub(super) carrier: u64,
+    /// For a ticket that another tended.
+    pub(super) tickets: u64,
     /// For the module.
     pub(super) busy: u64,
     /// Faults that were sent back.
@@ -36,7 +42,7 @@ pub(super) struct Waits {
 
 impl Waits {
     pub(super) fn sum(&self) -> u64 {
-        self.frozen + self.carried + self.busy + self.retried
+        self.frozen + self.carrier + self.tickets + self.busy + self.retried
     }
 }
 
@@ -124,7 +130,7 @@ fn quartet<B: Backend>(
         let converter = scope.spawn(move || {
             line.wait();
             let mut turns = 0;
-            while !over.load(Ordering::Relaxed) || turns == 0 {
+            while turns < TURNS {
                 let chunk = chunk_of(range(0), turns);
                 converter
                     .prefault(chunk, Visibility::Private)
@@ -139,7 +145,7 @@ fn quartet<B: Backend>(
         let remover = scope.spawn(move || {
             line.wait();
             let mut turns = 0;
-            while !over.load(Ordering::Relaxed) || turns == 0 {
+            while turns < TURNS {
                 let chunk = chunk_of(range(1), turns);
                 remover
                     .prefault(chunk, Visibility::Private)
@@ -153,11 +159,15 @@ fn quartet<B: Backend>(
             scope.spawn(move || {
                 line.wait();
                 let mut faults = 0;
-                for gfn in (range(n).start.0..range(n).end.0).map(Gfn) {
+                // Once through, it finds everything mapped, and goes on.
+                for gfn in (range(n).start.0..range(n).end.0).map(Gfn).cycle() {
+                    if over.load(Ordering::Relaxed) && faults >= RANGE {
+                        break;
+                    }
                     loop {
                         faults += 1;
                         match vcpu.fault(private_write(gfn)) {
-                            Ok(Outcome::Fixed { .. }) => break,
+                            Ok(Outcome::Fixed { .. } | Outcome::Spurious) => break,
                             Ok(Outcome::Retry(_)) => {}
                             other => return Err(failed(&format!("{gfn}: {other:?}"))),
                         }
@@ -166,9 +176,9 @@ fn quartet<B: Backend>(
                 Ok::<u64, Error>(faults)
             })
         });
-        let faults: Vec<_> = faulters.into_iter().map(join).collect();
-        over.store(true, Ordering::Relaxed);
         let (conversions, removals) = (join(converter), join(remover));
+        over.store(true, Ordering::Relaxed);
+        let faults: Vec<_> = faulters.into_iter().map(join).collect();
         let faults = faults.into_iter().sum::<Result<u64, Error>>()?;
         Ok::<_, Error>((faults, conversions?, removals?))
     })?;
@@ -180,6 +190,8 @@ fn quartet<B: Backend>(
     let waits = Waits {
         frozen: after.protected.frozen_waits - before.protected.frozen_waits,
         carried: after.protected.carried - before.protected.carried,
+        carrier: after.protected.carrier_waits - before.protected.carrier_waits,
+        tickets: after.protected.ticket_waits - before.protected.ticket_waits,
         busy: calls.all_busy(),
         retried: after.retries.iter().sum::<u64>() - before.retries.iter().sum::<u64>(),
     };

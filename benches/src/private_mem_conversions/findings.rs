@@ -59,6 +59,8 @@ struct Latency {
 struct Waits {
     frozen: u64,
     carried: u64,
+    carrier: u64,
+    tickets: u64,
     retried: u64,
     refused: u64,
 }
@@ -117,6 +119,8 @@ impl<'a> Body<'a> {
             waits: Waits {
                 frozen: storm.frozen_waits,
                 carried: storm.carried,
+                carrier: storm.carrier_waits,
+                tickets: storm.ticket_waits,
                 retried: storm.retried,
                 refused: storm.refused,
             },
@@ -173,9 +177,11 @@ pub(super) fn tell(output: &Output, args: &Args, storm: &Storm, disjoint: &Disjo
         ],
     );
     output.say(format_args!(
-        "Waits: {} for frozen entries, {} removals carried by another thread, {} faults tried again; {} calls busy",
+        "Waits: {} for frozen entries, {} for a carrier ({} removals carried by another thread), {} for another's ticket, {} faults tried again; {} calls busy",
         storm.frozen_waits,
+        storm.carrier_waits,
         storm.carried,
+        storm.ticket_waits,
         storm.retried,
         storm.calls.all_busy()
     ));
@@ -189,12 +195,13 @@ pub(super) fn tell(output: &Output, args: &Args, storm: &Storm, disjoint: &Disjo
     ));
     for (name, it) in [("null", disjoint.null), ("tdx", disjoint.tdx)] {
         output.say(format_args!(
-            "Disjoint ranges, {name}: {} faults, {} conversions, {} removals; waits: {} frozen, {} carried, {} busy, {} retried",
+            "Disjoint ranges, {name}: {} faults, {} conversions, {} removals; waits: {} frozen, {} for a carrier, {} for another's ticket, {} busy, {} retried",
             it.faults,
             it.conversions,
             it.removals,
             it.waits.frozen,
-            it.waits.carried,
+            it.waits.carrier,
+            it.waits.tickets,
             it.waits.busy,
             it.waits.retried
         ));

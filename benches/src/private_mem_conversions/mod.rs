@@ -30,7 +30,8 @@ module saw no call out of order. With --busy-rate and --fail-rate the module ref
 must leave everything as it was.
 
 A conversion that the module refused is counted under 'failed' and left; the memory stays private. 'waits' are times that a
-thread met an entry that another owned ('frozen'), had its removal carried by another ('carried'), or was told to try again.
+thread met an entry that another owned ('frozen'), found another carrying removals ('carrier'; 'carried'
+if that one did its own too), waited for a ticket that another tended ('tickets'), or was told to try again.
 
 A last phase has two threads convert and remove private ranges of their own while two others fault in theirs: on a module
 that does not serialise its calls nobody may wait for anybody. The TDX module blocks under one lock of its table; what that

@@ -59,12 +59,19 @@ pub(crate) struct Combiner {
     carrying: AtomicBool,
     /// Requests that another thread has carried.
     carried: Plain,
+    /// Requests that found another thread carrying.
+    waits: Plain,
 }
 
 impl Combiner {
     /// Requests so far that another thread than the asking one has carried.
     pub(crate) fn carried(&self) -> u64 {
         self.carried.get()
+    }
+
+    /// Requests so far that had to wait because another thread was carrying, whoever carried them in the end.
+    pub(crate) fn waits(&self) -> u64 {
+        self.waits.get()
     }
 
     /// Has `work` done by `carry`, on this thread or another, together with what others want done. The results are in `work`
@@ -78,10 +85,15 @@ impl Combiner {
         self.queue.lock().push(mine.job.clone());
         let mut pause = Pause::new();
         let mut own = false;
+        let mut waited = false;
         while !mine.job.is_done() {
             // Looked at first: whoever waits writes nothing.
             if self.carrying.load(Ordering::Relaxed) || self.carrying.swap(true, Ordering::Acquire)
             {
+                if !waited {
+                    waited = true;
+                    self.waits.add_shared(1);
+                }
                 pause.wait();
                 continue;
             }

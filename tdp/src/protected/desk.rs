@@ -3,18 +3,21 @@
 //! Protocol. Tickets are numbered. Whoever has blocked something takes the number of the *next* ticket to begin, because
 //! the running one may have begun before the block. Then it either finds that ticket drained, or tends the desk itself:
 //! begins the next ticket and polls it to the end. So any number of threads that block at the same time wait for two
-//! tickets at most, and the module never sees a second ticket while one is out.
+//! tickets at most, and the module never sees a second ticket while one is out. A module that can have several out at a time
+//! needs no desk: each thread begins its own and waits for nobody else.
 //!
 //! Waiting here while entries are frozen is safe: the tender waits for vCPUs in the guest, which wait for nobody.
 
 use super::{Drained, Failure, HandOffCause, ProtectedTable, Ticket};
-use tdp_rcu::sync::{AtomicBool, AtomicU64, Ordering, Pause};
+use tdp_rcu::sync::{AtomicBool, AtomicU64, Ordering, Pause, Plain};
 
 #[derive(Debug)]
 pub(crate) struct Desk {
     begun: AtomicU64,
     drained: AtomicU64,
     tended: AtomicBool,
+    /// Times that a thread waited for a ticket which another tended.
+    waits: Plain,
 }
 
 impl Desk {
@@ -23,7 +26,13 @@ impl Desk {
             begun: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             tended: AtomicBool::new(false),
+            waits: Plain::new(0),
         }
+    }
+
+    /// Times so far that a thread had to wait for a ticket which another tended.
+    pub(crate) fn waits(&self) -> u64 {
+        self.waits.get()
     }
 
     /// Returns when a ticket that began after the call has drained. `persist` makes the calls that begin one.
@@ -36,6 +45,7 @@ impl Desk {
         // that it will wait for, whose tender's increment comes later in the same chain.
         let wanted = self.begun.fetch_add(0, Ordering::AcqRel) + 1;
         let mut pause = Pause::new();
+        let mut waited = false;
         loop {
             // Acquire: pairs with the Release of the tender.
             if self.drained.load(Ordering::Acquire) >= wanted {
@@ -48,9 +58,37 @@ impl Desk {
                     return tender.run(table, begin);
                 }
             }
+            if !waited {
+                waited = true;
+                self.waits.add_shared(1);
+            }
             pause.wait();
         }
     }
+}
+
+/// Polls a ticket to the end. Vcpus that do not leave the guest are kicked now and then.
+fn poll<P: ProtectedTable>(table: &P, mut ticket: Ticket) -> Drained {
+    let mut pause = Pause::new();
+    loop {
+        match table.flush_poll(ticket) {
+            Ok(drained) => return drained,
+            Err(again) => ticket = again,
+        }
+        pause.wait();
+        if pause.is_over() {
+            table.kick();
+            pause = Pause::new();
+        }
+    }
+}
+
+/// A ticket of one's own, past the desk.
+pub(crate) fn drain_alone<P: ProtectedTable>(
+    table: &P,
+    begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
+) -> Result<Drained, HandOffCause> {
+    begin(&|| table.flush_begin()).map(|ticket| poll(table, ticket))
 }
 
 /// Tends the desk; leaves it when dropped, by unwinding too.
@@ -63,19 +101,7 @@ impl Tender<'_> {
         begin: impl Fn(&dyn Fn() -> Result<Ticket, Failure>) -> Result<Ticket, HandOffCause>,
     ) -> Result<Drained, HandOffCause> {
         let number = self.0.begun.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut ticket = begin(&|| table.flush_begin())?;
-        let mut pause = Pause::new();
-        let drained = loop {
-            match table.flush_poll(ticket) {
-                Ok(drained) => break drained,
-                Err(again) => ticket = again,
-            }
-            pause.wait();
-            if pause.is_over() {
-                table.kick();
-                pause = Pause::new();
-            }
-        };
+        let drained = drain_alone(table, begin)?;
         self.0.drained.store(number, Ordering::Release);
         Ok(drained)
     }

@@ -36,7 +36,7 @@ pub mod tdx;
 mod tickets;
 
 pub(crate) use combiner::{Combiner, Removal};
-pub(crate) use desk::Desk;
+pub(crate) use desk::{Desk, drain_alone};
 pub(crate) use persist::{Caller, Patience};
 pub use tickets::{Drained, Ticket};
 
@@ -58,6 +58,8 @@ pub struct Capabilities {
     /// `block` takes a lock of the whole table, so that threads which block at the same time refuse each other: the MMU
     /// lets one thread carry the removals of all.
     pub serialises_block: bool,
+    /// Any number of tickets can be out at a time. Without it the MMU has one, and threads wait for each other's.
+    pub parallel_tickets: bool,
     /// Neighbouring leaves are cheaper in one call ([`ProtectedTable::install_many`]).
     pub range_ops: bool,
     /// Live large leaves can be split.
@@ -81,6 +83,7 @@ impl Capabilities {
             needs_link: false,
             needs_block: false,
             serialises_block: false,
+            parallel_tickets: false,
             range_ops: false,
             split_live: false,
             merge: false,
@@ -106,6 +109,12 @@ impl Capabilities {
     /// With blocks that exclude each other.
     pub const fn serialises_block(mut self) -> Self {
         self.serialises_block = true;
+        self
+    }
+
+    /// With any number of tickets at a time.
+    pub const fn parallel_tickets(mut self) -> Self {
+        self.parallel_tickets = true;
         self
     }
 
@@ -298,22 +307,24 @@ pub trait ProtectedTable: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Failure`]; with [`Partial`](Failure::Partial) the first so many are installed, with any other none.
+    /// [`Failure`]; with [`Partial`](Failure::Partial) the first so many are installed, with any other none. It cannot be gone
+    /// on with: [`Incomplete`](Failure::Incomplete) is taken for [`Fatal`](Failure::Fatal).
     fn install_many(
         &self,
         entries: &[FrozenEntry<'_>],
         first: Pfn,
         content: Content,
     ) -> Result<(), Failure> {
-        for (n, entry) in entries.iter().enumerate() {
-            let step = n as u64 * entry.place().level.pages();
-            match self.install(entry, Pfn(first.0 + step), content) {
-                Ok(()) => {}
-                Err(failure) if n == 0 => return Err(failure),
-                Err(_) => return Err(Failure::Partial(n)),
-            }
+        // One of them, so that a panic has changed nothing.
+        let Some((entry, rest)) = entries.split_first() else {
+            return Ok(());
+        };
+        self.install(entry, first, content)?;
+        if rest.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Partial(1))
         }
-        Ok(())
     }
 
     /// Lets no new translation go through the entry, table or leaf. On an entry that is blocked already it does nothing.
@@ -326,7 +337,7 @@ pub trait ProtectedTable: Send + Sync + 'static {
     }
 
     /// Begins to flush what was blocked so far from all vCPUs, and makes those leave the guest that are in the way. The MMU
-    /// has one ticket at a time.
+    /// has one ticket at a time, unless the module can do with [more](Capabilities::parallel_tickets).
     ///
     /// # Errors
     ///

@@ -45,7 +45,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 let mut visit = self.domain.visit();
                 let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L1);
                 while let Some(step) = iter.next() {
-                    match F::decode(step.spte, step.level) {
+                    match F::decode(self.stands_for(&step, root), step.level) {
                         Decoded::Empty => {}
                         Decoded::Frozen => audit.frozen += 1,
                         Decoded::Mmio(_) if step.level == Level::L1 => audit.mmio += 1,

@@ -6,6 +6,8 @@
 //! where the attributes say so and no window is open, so exactly one half ever maps a frame, for overlapping conversions
 //! too: whichever closes last has taken away what its attributes forbid.
 //!
+//! What a frame is belongs to the guest: a conversion takes place in all address spaces at once.
+//!
 //! A large leaf that lies in the range in part is split first: what lies outside keeps its mapping, and private memory its
 //! content. No larger leaf is installed across the edge afterwards, because levels are chosen by the attributes.
 
@@ -14,6 +16,7 @@ use crate::confidential::Phase;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::Shared;
 use crate::range::private::{RemovalError, Removed};
+use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange};
 
 /// A conversion was refused or could not be completed.
@@ -71,27 +74,68 @@ impl<F: Format, H: Host> Shared<F, H> {
         if matches!(phase, Phase::Lost | Phase::Dead) {
             return Err(ConvertError::Phase { phase });
         }
-        let window = self.invalidate_begin(as_id, range);
+        let windows: Vec<_> = self
+            .spaces()
+            .map(|space| self.invalidate_begin(space, range))
+            .collect();
         let removed = match to {
             Visibility::Private => {
-                for end in [range.start, Gfn(range.end.0 - 1)] {
-                    self.split_partly_covered(as_id, range, end);
+                let mut closing = Vec::with_capacity(windows.len());
+                for (space, window) in self.spaces().zip(windows) {
+                    for end in [range.start, Gfn(range.end.0 - 1)] {
+                        self.split_partly_covered(space, range, end);
+                    }
+                    let flushed = window.zap().flush();
+                    closing.push((window, flushed));
                 }
-                let flushed = window.zap().flush();
                 confidential.attributes.set(range, to);
-                window.end(flushed);
+                for (window, flushed) in closing {
+                    window.end(flushed);
+                }
                 Removed::default()
             }
             Visibility::Shared => {
-                let removed = self.remove_private(as_id, range);
+                let removed = self.remove_private_everywhere(range);
                 if removed.is_ok() {
                     confidential.attributes.set(range, to);
                 }
-                window.end(crate::tlb::Flushed::nothing_shared());
+                for window in windows {
+                    window.end(crate::tlb::Flushed::nothing_shared());
+                }
                 removed?
             }
         };
         Ok(removed)
+    }
+
+    fn spaces(&self) -> impl Iterator<Item = AddressSpaceId> {
+        (0..self.address_spaces).map(AddressSpaceId)
+    }
+
+    /// Takes private memory of a range away in all address spaces.
+    pub(crate) fn remove_private_everywhere(
+        &self,
+        range: GfnRange,
+    ) -> Result<Removed, RemovalError> {
+        let mut removed = Removed::default();
+        let mut failed: Option<RemovalError> = None;
+        for space in self.spaces() {
+            let part = match self.remove_private(space, range) {
+                Ok(part) => part,
+                Err(error) => {
+                    let all = failed.get_or_insert(RemovalError { failed: 0, ..error });
+                    all.failed += error.failed;
+                    error.removed
+                }
+            };
+            removed.frames += part.frames;
+            removed.tables += part.tables;
+            removed.leaked += part.leaked;
+        }
+        match failed {
+            Some(error) => Err(RemovalError { removed, ..error }),
+            None => Ok(removed),
+        }
     }
 
     /// Whether a frame is private; `None` without a private half.

@@ -9,12 +9,12 @@
 
 use crate::entry::{EntryRef, TablePage};
 use crate::event::Site;
-use crate::host::{AddressSpaceId, Host};
+use crate::host::Host;
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
 use crate::root::Root;
 use crate::table;
-use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Spte};
 use tdp_rcu::Visit;
 
 /// One leaf of a sweep.
@@ -56,6 +56,50 @@ impl From<Result<(), Spte>> for Verdict {
     }
 }
 
+/// A set of guest frames: words of 64 bits from a first frame on.
+#[derive(Clone, Copy)]
+pub(crate) struct Marks<'a> {
+    start: Gfn,
+    words: &'a [u64],
+}
+
+impl<'a> Marks<'a> {
+    /// Without the empty words at both ends; `None` if no frame is marked.
+    pub(crate) fn new(start: Gfn, words: &'a [u64]) -> Option<Self> {
+        let first = words.iter().position(|&word| word != 0)?;
+        let last = words.iter().rposition(|&word| word != 0)?;
+        Some(Self {
+            start: Gfn(start.0 + first as u64 * 64),
+            words: &words[first..=last],
+        })
+    }
+
+    /// From the first word to the last.
+    pub(crate) fn frames(&self) -> GfnRange {
+        GfnRange {
+            start: self.start,
+            end: Gfn(self.start.0 + self.words.len() as u64 * 64),
+        }
+    }
+
+    /// The marks of `part`, which lies within: for each word the frame of its first bit, and the bits.
+    #[inline(always)]
+    fn words_of(self, part: GfnRange) -> impl Iterator<Item = (Gfn, u64)> + 'a {
+        let (from, to) = (part.start.0 - self.start.0, part.end.0 - self.start.0);
+        (from / 64..to.div_ceil(64)).map(move |number| {
+            let first = number * 64;
+            let mut bits = self.words.get(number as usize).copied().unwrap_or(0);
+            if first < from {
+                bits &= u64::MAX << (from - first);
+            }
+            if to - first < 64 {
+                bits &= (1 << (to - first)) - 1;
+            }
+            (Gfn(self.start.0 + first), bits)
+        })
+    }
+}
+
 impl<F: Format, H: Host> Shared<F, H> {
     /// Calls `see` for every leaf of `root` whose frames meet `range`, in order.
     #[inline]
@@ -64,7 +108,48 @@ impl<F: Format, H: Host> Shared<F, H> {
         visit: &mut Visit<'_>,
         root: &Root<H>,
         range: GfnRange,
-        mut see: impl FnMut(LeafStep<'_>) -> Verdict,
+        see: impl FnMut(LeafStep<'_>) -> Verdict,
+    ) {
+        self.sweep(visit, root, range, |_| true, sweep_table::<F>, see);
+    }
+
+    /// Calls `see` for every leaf of `root` that maps a marked frame of `range`, in order.
+    #[inline]
+    pub(crate) fn sweep_marked(
+        &self,
+        visit: &mut Visit<'_>,
+        root: &Root<H>,
+        range: GfnRange,
+        marks: Marks<'_>,
+        see: impl FnMut(LeafStep<'_>) -> Verdict,
+    ) {
+        let range = GfnRange {
+            start: range.start.max(marks.frames().start),
+            end: range.end.min(marks.frames().end),
+        };
+        let within = |covered: GfnRange| GfnRange {
+            start: covered.start.max(range.start),
+            end: covered.end.min(range.end),
+        };
+        self.sweep(
+            visit,
+            root,
+            range,
+            |covered| marks.words_of(within(covered)).any(|(_, bits)| bits != 0),
+            |table, part, see| sweep_marked_table::<F>(table, part, marks, see),
+            see,
+        );
+    }
+
+    #[inline(always)]
+    fn sweep<See: FnMut(LeafStep<'_>) -> Verdict>(
+        &self,
+        visit: &mut Visit<'_>,
+        root: &Root<H>,
+        range: GfnRange,
+        wanted: impl Fn(GfnRange) -> bool,
+        table_of_small: impl Fn(LeafTable<'_>, GfnRange, &mut See) -> bool,
+        mut see: See,
     ) {
         let mut iter = TdpIter::<F, H>::new(visit, &self.host, root, range, Level::L2);
         while let Some(step) = iter.next() {
@@ -73,6 +158,9 @@ impl<F: Format, H: Host> Shared<F, H> {
             let mut looked_at = 0;
             loop {
                 if F::is_leaf(spte, level) {
+                    if !wanted(level.range(gfn)) {
+                        break;
+                    }
                     let leaf = LeafStep {
                         gfn,
                         level,
@@ -92,15 +180,17 @@ impl<F: Format, H: Host> Shared<F, H> {
                         Verdict::Stop => return,
                     }
                 } else if level == Level::L2 && F::is_table(spte) {
-                    let table = (root.as_id, F::pfn(spte));
-                    let page = table::page(self.host.frames(), F::pfn(spte));
+                    let table = (
+                        table::page(self.host.frames(), F::pfn(spte)),
+                        Site::new(root.as_id, gfn, F::pfn(spte)),
+                    );
                     let covered = level.range(gfn);
                     let part = GfnRange {
                         start: covered.start.max(range.start),
                         end: covered.end.min(range.end),
                     };
                     looked_at = part.pages() as u32;
-                    if !sweep_table::<F>(page, table, part, &mut see) {
+                    if !table_of_small(table, part, &mut see) {
                         return;
                     }
                 }
@@ -111,35 +201,64 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 }
 
+/// A table of level 1, and where its first entry is.
+type LeafTable<'w> = (&'w TablePage, Site);
+
 /// The leaves of one table of level 1. `false` if the sweep is over.
 #[inline(always)]
 fn sweep_table<F: Format>(
-    page: &TablePage,
-    (as_id, table): (AddressSpaceId, Pfn),
+    table: LeafTable<'_>,
     part: GfnRange,
     see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
 ) -> bool {
-    let level = Level::L1;
-    for number in part.start.0..part.end.0 {
-        let gfn = Gfn(number);
-        // The bit that makes a frame shared lies above this level.
-        let Some(entry) = page.get(level.index(gfn)) else {
-            break;
-        };
-        let entry = entry.at(Site::new(as_id, gfn, table));
-        let mut spte = entry.load();
-        while F::is_leaf(spte, level) {
-            let leaf = LeafStep {
-                gfn,
-                level,
-                spte,
-                entry,
-            };
-            match see(leaf) {
-                Verdict::Next => break,
-                Verdict::Again(actual) => spte = actual,
-                Verdict::Stop => return false,
+    (part.start.0..part.end.0).all(|number| sweep_small::<F>(table, Gfn(number), see))
+}
+
+/// Those of them that are marked.
+#[inline(always)]
+fn sweep_marked_table<F: Format>(
+    table: LeafTable<'_>,
+    part: GfnRange,
+    marks: Marks<'_>,
+    see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
+) -> bool {
+    marks.words_of(part).all(|(first, mut bits)| {
+        while bits != 0 {
+            let gfn = Gfn(first.0 + u64::from(bits.trailing_zeros()));
+            bits &= bits - 1;
+            if !sweep_small::<F>(table, gfn, see) {
+                return false;
             }
+        }
+        true
+    })
+}
+
+/// The leaf of one frame in a table of level 1. `false` if the sweep is over.
+#[inline(always)]
+fn sweep_small<F: Format>(
+    (page, site): LeafTable<'_>,
+    gfn: Gfn,
+    see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
+) -> bool {
+    let level = Level::L1;
+    // The bit that makes a frame shared lies above this level.
+    let Some(entry) = page.get(level.index(gfn)) else {
+        return true;
+    };
+    let entry = entry.at(site.of(gfn));
+    let mut spte = entry.load();
+    while F::is_leaf(spte, level) {
+        let leaf = LeafStep {
+            gfn,
+            level,
+            spte,
+            entry,
+        };
+        match see(leaf) {
+            Verdict::Next => break,
+            Verdict::Again(actual) => spte = actual,
+            Verdict::Stop => return false,
         }
     }
     true

@@ -3,10 +3,12 @@
 
 mod age;
 mod audit;
+mod blocked;
+mod collapse;
 mod convert;
-mod leaves;
+pub(crate) mod leaves;
 mod private;
-mod protect;
+pub(crate) mod protect;
 mod resize;
 mod split;
 mod steps;
@@ -14,8 +16,10 @@ mod visit;
 pub(crate) mod zap;
 
 pub use audit::Audit;
+pub(crate) use blocked::Withheld;
 pub use convert::ConvertError;
 pub use private::{RemovalError, Removed};
 pub use resize::Folded;
+pub use split::{SplitReport, SplitStopped};
 pub use steps::{Absorb, Progress, Steps};
 pub use visit::Leaf;

@@ -10,7 +10,8 @@
 //! The one wait that it does with an entry in hand is for the entries of a table whose own entry it owns.
 //!
 //! What fails before the ticket is put back as it was. After the ticket nothing is put back: calls are made until they are
-//! done. A panic of the hook leaves what was blocked *blocked*, in both tables, to be taken back by who needs it.
+//! done. A panic of the hook leaves what was blocked *blocked*, in both tables, to be taken back by who needs it
+//! (`blocked.rs`).
 //!
 //! Once the guest is dead there is no block and no ticket: each page is reclaimed by one call, and one that the module
 //! does not give back is leaked on purpose, counted and reported.
@@ -19,12 +20,13 @@ use crate::confidential::Confidential;
 use crate::entry::EntryRef;
 use crate::event;
 use crate::frozen::{EntryPlace, FrozenEntry};
-use crate::handoff::{blocked, is_blocked, unblocked};
+use crate::handoff::{blocked, is_blocked};
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
 use crate::protected::{
     Caller, Drained, HandOffCause, HandOffError, HandOffStep, Patience, ProtectedTable, Removal,
+    drain_alone,
 };
 use crate::reclaim::Retired;
 use crate::root::Root;
@@ -124,6 +126,9 @@ impl<F: Format, H: Host> Shared<F, H> {
             return Ok(Drained::internal());
         }
         let caller = self.sweep_caller(patience);
+        if confidential.capabilities.parallel_tickets {
+            return drain_alone(self.host.protected(), |begin| caller.begin(begin));
+        }
         confidential
             .desk
             .drain(self.host.protected(), |begin| caller.begin(begin))
@@ -158,23 +163,6 @@ impl<F: Format, H: Host> Shared<F, H> {
         Ok(())
     }
 
-    /// Takes the block of an entry back and ends the hand-off.
-    pub(crate) fn unblock(
-        &self,
-        frozen: FrozenEntry<'_>,
-        tally: &impl Tally,
-    ) -> Result<(), HandOffCause> {
-        let drained = self.drain(Patience::Sweep)?;
-        let table = self.host.protected();
-        self.sweep_caller(Patience::Sweep)
-            .call(HandOffStep::Unblock, &frozen, || {
-                table.unblock(&frozen, &drained)
-            })?;
-        let live = unblocked::<F>(frozen.old());
-        frozen.publish::<F>(live, tally);
-        Ok(())
-    }
-
     /// Removes what is frozen at the places of `work`, leaves and sealed tables, and notes how each ended.
     fn remove_all(&self, work: &mut [Removal]) {
         let Some(confidential) = self.confidential.as_deref() else {
@@ -182,33 +170,32 @@ impl<F: Format, H: Host> Shared<F, H> {
         };
         let needs_block = confidential.capabilities.needs_block;
         // From here on a panic puts every entry back.
-        let mut frozen: Vec<Option<FrozenEntry<'_>>> = work
+        let mut frozen: Vec<Handed<'_, F, H>> = work
             .iter()
-            .map(|removal| {
-                let entry = self.entry(removal.table, removal.index)?;
-                Some(FrozenEntry::adopt(entry, removal.place, removal.old))
-            })
+            .map(|removal| Handed::adopt(self, removal))
             .collect();
         if confidential.is_dead() {
-            for (removal, frozen) in work.iter_mut().zip(&mut frozen) {
-                if let Some(frozen) = frozen.take() {
-                    removal.result = Some(self.reclaim(frozen));
+            for (removal, handed) in work.iter_mut().zip(&mut frozen) {
+                if let Some(frozen) = &handed.frozen {
+                    let result = self.reclaim(frozen);
+                    handed.publish_empty();
+                    removal.result = Some(result);
                 }
             }
             return;
         }
         if needs_block {
-            for (removal, slot) in work.iter_mut().zip(&mut frozen) {
-                let Some(entry) = slot.as_mut().filter(|it| self.is_known(it)) else {
+            for (removal, handed) in work.iter_mut().zip(&mut frozen) {
+                let Some(entry) = handed.frozen.as_mut().filter(|it| self.is_known(it)) else {
                     continue;
                 };
                 if let Err(cause) = self.block(entry) {
                     removal.fail(HandOffStep::Block, cause);
-                    *slot = None;
+                    handed.put_back();
                 }
             }
         }
-        let drained = if needs_block && frozen.iter().all(Option::is_none) {
+        let drained = if needs_block && frozen.iter().all(|it| it.frozen.is_none()) {
             return;
         } else {
             self.drain(Patience::Sweep)
@@ -216,19 +203,21 @@ impl<F: Format, H: Host> Shared<F, H> {
         let drained = match drained {
             Ok(drained) => drained,
             Err(cause) => {
-                for (removal, _) in work.iter_mut().zip(&frozen).filter(|(_, it)| it.is_some()) {
-                    removal.fail(HandOffStep::Flush, cause);
+                for (removal, handed) in work.iter_mut().zip(&frozen) {
+                    if handed.frozen.is_some() {
+                        removal.fail(HandOffStep::Flush, cause);
+                    }
                 }
                 return;
             }
         };
-        for (removal, slot) in work.iter_mut().zip(&mut frozen) {
-            let Some(entry) = slot else { continue };
+        for (removal, handed) in work.iter_mut().zip(&mut frozen) {
+            let Some(entry) = &handed.frozen else {
+                continue;
+            };
             match self.take_out(entry, &drained) {
                 Ok(()) => {
-                    if let Some(entry) = slot.take() {
-                        entry.publish::<F>(F::EMPTY, &self.shards.sweeps);
-                    }
+                    handed.publish_empty();
                     removal.result = Some(Ok(()));
                 }
                 Err((step, cause)) => removal.fail(step, cause),
@@ -268,8 +257,8 @@ impl<F: Format, H: Host> Shared<F, H> {
             || self.meta.twin(F::pfn(frozen.old())).is_some()
     }
 
-    /// Takes the page behind an entry of a dead guest back, or leaks it. The entry is empty in any case.
-    fn reclaim(&self, frozen: FrozenEntry<'_>) -> Result<(), HandOffError> {
+    /// Takes the page behind an entry of a dead guest back, or leaks it. The entry is to be empty in any case.
+    fn reclaim(&self, frozen: &FrozenEntry<'_>) -> Result<(), HandOffError> {
         let place = frozen.place();
         let level = place.level;
         let (page, size) = if F::is_leaf(frozen.old(), level) {
@@ -283,13 +272,12 @@ impl<F: Format, H: Host> Shared<F, H> {
             let step = HandOffStep::Reclaim;
             let done = self
                 .sweep_caller(Patience::Sweep)
-                .call(step, &frozen, || table.reclaim(page, size));
+                .call(step, frozen, || table.reclaim(page, size));
             if let Err(cause) = done {
                 self.leak(page, size);
                 result = Err(HandOffError { place, step, cause });
             }
         }
-        frozen.publish::<F>(F::EMPTY, &self.shards.sweeps);
         result
     }
 
@@ -310,6 +298,9 @@ impl<F: Format, H: Host> Shared<F, H> {
                 if F::is_leaf(spte, level) {
                     self.leak(F::leaf_pfn(spte, level), level);
                 } else if let (true, Some(below)) = (F::is_mmu_present(spte), level.below()) {
+                    if is_blocked::<F>(spte) {
+                        self.open(F::pfn(spte));
+                    }
                     if let Some(twin) = self.meta.twin(F::pfn(spte)) {
                         self.leak(twin, Level::L1);
                         self.meta.set_twin(F::pfn(spte), None);
@@ -325,6 +316,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         let confidential = self.confidential.as_deref();
         ProtectedStats {
             carried: confidential.map_or(0, |it| it.combiner.carried()),
+            carrier_waits: confidential.map_or(0, |it| it.combiner.waits()),
+            ticket_waits: confidential.map_or(0, |it| it.desk.waits()),
             ..stats.protected
         }
     }
@@ -358,6 +351,52 @@ impl<F: Format, H: Host> Shared<F, H> {
             // INV: frozen-owns: nobody changes a sealed entry, and the table's own entry is frozen or its thread's.
             entry.thaw(F::EMPTY);
         }
+    }
+}
+
+/// An entry that was handed on with a request. Dropped, on failure or by a panic, it is put back, and what is below it
+/// first.
+struct Handed<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    frozen: Option<FrozenEntry<'a>>,
+}
+
+impl<'a, F: Format, H: Host> Handed<'a, F, H> {
+    fn adopt(shared: &'a Shared<F, H>, removal: &Removal) -> Self {
+        let frozen = shared
+            .entry(removal.table, removal.index)
+            .map(|entry| FrozenEntry::adopt(entry, removal.place, removal.old));
+        Self { shared, frozen }
+    }
+
+    fn publish_empty(&mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            frozen.publish::<F>(F::EMPTY, &self.shared.shards.sweeps);
+        }
+    }
+
+    fn put_back(&mut self) {
+        let Some(frozen) = self.frozen.take() else {
+            return;
+        };
+        let (old, level) = (frozen.old(), frozen.place().level);
+        if F::is_leaf(old, level) {
+            return;
+        }
+        let (shared, table) = (self.shared, F::pfn(old));
+        match shared.confidential.as_deref() {
+            // What is below a table that stays blocked stays sealed.
+            Some(confidential) if is_blocked::<F>(frozen.fallback()) => {
+                confidential.withheld.keep(table, None);
+            }
+            _ => shared.unseal(table, crate::entry::TABLE_ENTRIES),
+        }
+    }
+}
+
+impl<F: Format, H: Host> Drop for Handed<'_, F, H> {
+    fn drop(&mut self) {
+        self.put_back();
     }
 }
 
@@ -419,9 +458,8 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
                 if !F::is_mmu_present(old) {
                     break Next::Past;
                 } else if is_blocked::<F>(old) && (stays || !is_leaf) {
-                    // Once the guest is dead nothing is unblocked, and nothing needs to be.
-                    if shared.is_dead() || self.take_block_back(step.entry, place, old) {
-                        break if is_leaf { Next::Past } else { Next::Below };
+                    if self.take_block_back(step.entry, place, old) {
+                        break Next::Past;
                     }
                     old = step.entry.load();
                 } else if !is_leaf {
@@ -481,7 +519,8 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
                     old = step.entry.load();
                     continue;
                 }
-                if !F::is_mmu_present(old) || F::is_leaf(old, level) {
+                // One that was left blocked since its leaves were looked at is another's to finish.
+                if !F::is_mmu_present(old) || F::is_leaf(old, level) || is_blocked::<F>(old) {
                     break;
                 }
                 let index = root.index(level, step.gfn);
@@ -540,6 +579,11 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
         let Ok(frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
             return false;
         };
+        if self.shared.is_dead() {
+            self.shared
+                .publish_unblocked(frozen, &self.shared.shards.sweeps);
+            return false;
+        }
         match self.shared.unblock(frozen, &self.shared.shards.sweeps) {
             Ok(()) => false,
             Err(cause) => {
@@ -575,7 +619,7 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
         self.settle();
     }
 
-    /// Books what became of the entries that were handed on, buries tables that are gone and opens those that are not.
+    /// Books what became of the entries that were handed on, and buries tables that are gone.
     fn settle(&mut self) {
         let shared = self.shared;
         let mut retired = Vec::new();
@@ -602,7 +646,7 @@ impl<F: Format, H: Host> Sweep<'_, F, H> {
                     shared.bury_private(table, leaked);
                     retired.push(table);
                 }
-                (false, false) => shared.unseal(table, crate::entry::TABLE_ENTRIES),
+                (false, false) => {}
             }
         }
         if !retired.is_empty() {

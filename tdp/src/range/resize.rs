@@ -6,7 +6,8 @@
 //!
 //! Protocol of a fold. Freeze the table's entry, then seal its entries one by one, which waits for hand-offs below and keeps
 //! new ones away (INV: unlink-seals). If they are 512 leaves of consecutive frames: block, ticket, merge, publish the leaf,
-//! retire the table. Otherwise, or if the module says no, the entries are put back and the table too.
+//! retire the table. Otherwise, or if the module says no, the entries are put back and the table too; unless it is blocked
+//! and stays so, for want of a ticket or by a panic of the hook (`blocked.rs`).
 
 use crate::entry::{EntryRef, TABLE_ENTRIES};
 use crate::frozen::{EntryPlace, FrozenEntry};
@@ -57,7 +58,8 @@ impl<F: Format, H: Host> Shared<F, H> {
             };
             let mut pause = Pause::new();
             let mut old = step.spte;
-            while old == F::FROZEN {
+            // A bounded wait: whoever asked looks again.
+            while old == F::FROZEN && !pause.is_over() {
                 self.shards.sweeps.add(Stat::FrozenWaits, 1);
                 pause.wait();
                 old = step.entry.load();
@@ -101,7 +103,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 table.split(&frozen, twin, &drained)
             });
         if let Err(cause) = done {
-            self.undo_block(frozen, &drained);
+            self.undo_block(&mut frozen, &drained);
             return Err(fail(HandOffStep::Split, cause));
         }
         let pfn = new.keep();
@@ -113,13 +115,13 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 
     /// Takes a block back after a drained ticket; if that is not to be had the entry stays blocked in both tables.
-    fn undo_block(&self, mut frozen: FrozenEntry<'_>, drained: &crate::protected::Drained) {
+    fn undo_block(&self, frozen: &mut FrozenEntry<'_>, drained: &crate::protected::Drained) {
         let table = self.host.protected();
         if table.capabilities().needs_block {
             let done =
                 self.sweep_caller(Patience::Sweep)
-                    .call(HandOffStep::Unblock, &frozen, || {
-                        table.unblock(&frozen, drained)
+                    .call(HandOffStep::Unblock, frozen, || {
+                        table.unblock(frozen, drained)
                     });
             if done.is_ok() {
                 frozen.falls_back_to(frozen.old());
@@ -139,7 +141,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         else {
             return Ok(folded);
         };
-        let limit = confidential.leaf_limit();
+        let limit = confidential.leaf_limit().min(self.max_leaf);
         if !confidential.capabilities.merge || limit < Level::L2 {
             return Ok(folded);
         }
@@ -177,45 +179,35 @@ impl<F: Format, H: Host> Shared<F, H> {
         place: EntryPlace,
         old: Spte,
     ) -> Result<bool, HandOffError> {
-        let Ok(mut frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
+        let Ok(frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
             return Ok(false);
         };
         let child = F::pfn(old);
-        // Declared after `frozen`, so that it is put back before the table's own entry is.
-        let mut sealed = SealedLeaves::take(self, child);
-        let Some(first) = sealed.first_of_uniform(place.level) else {
+        let mut folding = Folding::take(self, frozen, child);
+        let Some(first) = folding.first_of_uniform(place.level) else {
             return Ok(false);
         };
-        let table = self.host.protected();
-        let drained = match self.block_and_drain(&mut frozen) {
-            Ok(drained) => drained,
-            Err((step, cause)) => return Err(HandOffError { place, step, cause }),
+        let Some(frozen) = folding.frozen.as_mut() else {
+            return Ok(false);
         };
+        let fail = |step, cause| HandOffError { place, step, cause };
+        let table = self.host.protected();
+        let drained = self
+            .block_and_drain(frozen)
+            .map_err(|(step, cause)| fail(step, cause))?;
         let done = self
             .sweep_caller(Patience::Sweep)
-            .call(HandOffStep::Merge, &frozen, || {
-                table.merge(&frozen, &drained)
-            });
-        match done {
-            Ok(()) => {}
-            Err(cause) => {
-                // Only then the leaves: no call may come below a table that is blocked.
-                self.undo_block(frozen, &drained);
-                drop(sealed);
-                return match cause {
-                    HandOffCause::Refused(_) => Ok(false),
-                    cause => Err(HandOffError {
-                        place,
-                        step: HandOffStep::Merge,
-                        cause,
-                    }),
-                };
-            }
+            .call(HandOffStep::Merge, frozen, || table.merge(frozen, &drained));
+        if let Err(cause) = done {
+            self.undo_block(frozen, &drained);
+            return match cause {
+                HandOffCause::Refused(_) => Ok(false),
+                cause => Err(fail(HandOffStep::Merge, cause)),
+            };
         }
         let tally = &self.shards.sweeps;
         let below = place.level.below_or_leaf();
-        sealed.leaves.clear();
-        frozen.publish::<F>(private_leaf::<F>(first, place.level), tally);
+        folding.publish(private_leaf::<F>(first, place.level));
         tally.add(Stat::pages(below), -(TABLE_ENTRIES as i64));
         tally.add(Stat::Collapses, 1);
         self.bury_private(child, false);
@@ -225,21 +217,25 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 }
 
-/// The entries of a table whose own entry the caller has frozen, sealed. Put back when dropped.
-struct SealedLeaves<'a, F: Format, H: Host> {
+/// A table on its way out of the tree: its entry frozen, its entries sealed. Dropped, on failure or by a panic of the hook,
+/// it is put back.
+struct Folding<'a, F: Format, H: Host> {
     shared: &'a Shared<F, H>,
     table: Pfn,
     /// What the entries held, from the first on.
     leaves: Vec<Spte>,
+    /// Dropped after what is below was put back.
+    frozen: Option<FrozenEntry<'a>>,
 }
 
-impl<'a, F: Format, H: Host> SealedLeaves<'a, F, H> {
+impl<'a, F: Format, H: Host> Folding<'a, F, H> {
     /// Seals entries up to the first that is no leaf.
-    fn take(shared: &'a Shared<F, H>, table: Pfn) -> Self {
+    fn take(shared: &'a Shared<F, H>, frozen: FrozenEntry<'a>, table: Pfn) -> Self {
         let mut taken = Self {
             shared,
             table,
             leaves: Vec::with_capacity(TABLE_ENTRIES),
+            frozen: Some(frozen),
         };
         let page = table::page(shared.host.frames(), table);
         let mut pause = Pause::new();
@@ -256,6 +252,14 @@ impl<'a, F: Format, H: Host> SealedLeaves<'a, F, H> {
         taken
     }
 
+    /// Ends the fold: `leaf` stands for the table, whose entries stay sealed.
+    fn publish(mut self, leaf: Spte) {
+        self.leaves.clear();
+        if let Some(frozen) = self.frozen.take() {
+            frozen.publish::<F>(leaf, &self.shared.shards.sweeps);
+        }
+    }
+
     /// First frame of the 512 consecutive ones that the leaves map, if they do.
     fn first_of_uniform(&self, level: Level) -> Option<Pfn> {
         let first = F::leaf_pfn(*self.leaves.first()?, Level::L1);
@@ -268,8 +272,22 @@ impl<'a, F: Format, H: Host> SealedLeaves<'a, F, H> {
     }
 }
 
-impl<F: Format, H: Host> Drop for SealedLeaves<'_, F, H> {
+impl<F: Format, H: Host> Drop for Folding<'_, F, H> {
     fn drop(&mut self) {
+        let stays_blocked = self
+            .frozen
+            .as_ref()
+            .is_some_and(|it| is_blocked::<F>(it.fallback()));
+        if let (true, Some(first), Some(confidential)) = (
+            stays_blocked,
+            self.leaves.first(),
+            self.shared.confidential.as_deref(),
+        ) {
+            // All of them are sealed, and follow each other: nothing else is ever blocked.
+            let first = F::leaf_pfn(*first, Level::L1);
+            confidential.withheld.keep(self.table, Some(first));
+            return;
+        }
         let page = table::page(self.shared.host.frames(), self.table);
         for (index, &spte) in self.leaves.iter().enumerate() {
             if let Some(entry) = page.get(index) {
@@ -295,7 +313,10 @@ impl<'a, F: Format, H: Host> NewTable<'a, F, H> {
         needs_twin: bool,
     ) -> Option<Self> {
         let mut frame = [Pfn(0)];
-        shared.host.frames().allocate(&mut frame).ok()?;
+        let count = shared.host.frames().allocate(&mut frame).ok()?;
+        if count == 0 {
+            return None;
+        }
         let mut new = Self {
             shared,
             table: frame[0],
@@ -305,7 +326,10 @@ impl<'a, F: Format, H: Host> NewTable<'a, F, H> {
         shared.meta.set_state(new.table, TableState::Spare);
         if needs_twin {
             let mut twin = [Pfn(0)];
-            shared.host.protected().allocate_twins(&mut twin).ok()?;
+            let count = shared.host.protected().allocate_twins(&mut twin).ok()?;
+            if count == 0 {
+                return None;
+            }
             new.twin = Some(twin[0]);
         }
         shared.meta.link(

@@ -3,16 +3,130 @@
 //! Protocol. A table that translates like the leaf is made and filled first, then exchanged for it (INV: publish-complete).
 //! The whole old value is compared, so that a bit which the processor set since the children were made makes the exchange
 //! fail and the children be made anew (INV: volatile-atomic). Both translate alike, so there is nothing to flush.
+//!
+//! Frames for the tables are got in batches while the walk holds nothing: where a batch runs out the visit ends, the next
+//! batch is got, and the walk goes on at the same leaf. It is in pre-order and reads an entry again before it goes below it,
+//! so one pass takes a leaf of 1 GiB down to 4 KiB. What is left of a batch goes back at the end.
 
-use crate::entry;
-use crate::host::{AddressSpaceId, FrameSource, Host};
+use crate::entry::{self, EntryRef, TABLE_ENTRIES};
+use crate::event;
+use crate::host::{AddressSpaceId, FrameSource, Host, OutOfFrames};
 use crate::iter::TdpIter;
-use crate::mmu::Shared;
+use crate::mmu::{Mmu, Shared};
+use crate::nx;
+use crate::root::Root;
 use crate::stats::{Stat, Tally};
 use crate::table::{self, Place, TableState};
-use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn};
+use alloc::vec::Vec;
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
+
+/// Frames got at a time: enough that beginning a visit costs little beside them, few enough that it ends soon.
+const BATCH: u64 = 128;
+/// Rounds of driving reclamation before an allocation gives up.
+const RECLAIM_ROUNDS: usize = 64;
+
+/// What a split did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SplitReport {
+    /// Large leaves replaced by tables.
+    pub splits: u64,
+    /// First frame that was not reached: the end of the range if all was.
+    pub next: Gfn,
+}
+
+/// No frame was left for a table, not even after waiting for grace periods. What was split before stays so; what is large
+/// from [`next`](SplitReport::next) on is large still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("split {} leaves and stopped at {}: {error}", done.splits, done.next)]
+pub struct SplitStopped {
+    /// How far it came.
+    pub done: SplitReport,
+    /// Why it stopped.
+    pub error: OutOfFrames,
+}
+
+/// Frames on their way to become tables. Dropped, they go back.
+struct Batch<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    frames: Vec<Pfn>,
+}
+
+impl<'a, F: Format, H: Host> Batch<'a, F, H> {
+    fn new(shared: &'a Shared<F, H>) -> Self {
+        Self {
+            shared,
+            frames: Vec::new(),
+        }
+    }
+
+    /// Gets up to `want` frames, at least one. The caller holds no visit, which would hold up what may be freed.
+    fn fill(&mut self, want: u64) -> Result<(), OutOfFrames> {
+        let shared = self.shared;
+        if shared.domain.is_over_bound() {
+            shared.domain.reclaim(RECLAIM_ROUNDS);
+        }
+        let mut drained = false;
+        let mut room = [Pfn(0); BATCH as usize];
+        let want = want.clamp(1, BATCH) as usize;
+        while self.frames.len() < want {
+            match shared
+                .host
+                .frames()
+                .allocate(&mut room[self.frames.len()..want])
+            {
+                Ok(count) => {
+                    let got = &room[self.frames.len()..][..count];
+                    for &pfn in got {
+                        shared.meta.set_state(pfn, TableState::Spare);
+                    }
+                    self.frames.extend_from_slice(got);
+                }
+                Err(_) if !self.frames.is_empty() => break,
+                Err(error) if drained => return Err(error),
+                Err(_) => {
+                    shared.domain.drain(RECLAIM_ROUNDS);
+                    drained = true;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<F: Format, H: Host> Drop for Batch<'_, F, H> {
+    fn drop(&mut self) {
+        for &pfn in &self.frames {
+            self.shared.meta.set_state(pfn, TableState::Free);
+        }
+        self.shared.host.frames().free(&self.frames);
+    }
+}
 
 impl<F: Format, H: Host> Shared<F, H> {
+    /// Splits the leaves of a range, in the current root of an address space, until none above `to` meets it.
+    pub(crate) fn split(
+        &self,
+        as_id: AddressSpaceId,
+        range: GfnRange,
+        to: Level,
+    ) -> Result<SplitReport, SplitStopped> {
+        event::sweep("split", as_id, range);
+        let mut batch = Batch::new(self);
+        let mut done = SplitReport {
+            splits: 0,
+            next: range.start,
+        };
+        for root in self.roots.of(as_id) {
+            // A vCPU on an obsolete root takes the next one before it can be granted anything.
+            if !root.is_obsolete() {
+                self.split_in(&root, range, &mut batch, &mut done, |level, _| level > to)?;
+            }
+        }
+        done.next = range.end;
+        Ok(done)
+    }
+
     /// Splits what maps `gfn` in the shared half until no leaf of which `range` covers only a part does. Without a frame
     /// for a table the leaf stays.
     pub(crate) fn split_partly_covered(&self, as_id: AddressSpaceId, range: GfnRange, gfn: Gfn) {
@@ -20,51 +134,123 @@ impl<F: Format, H: Host> Shared<F, H> {
             start: gfn,
             end: Gfn(gfn.0 + 1),
         };
+        let mut batch = Batch::new(self);
         for root in self.roots.of(as_id) {
-            let mut visit = self.domain.visit();
-            let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, &root, one, Level::L1);
-            while let Some(step) = iter.next() {
-                let (Some(below), false) = (step.level.below(), range.covers(step.range())) else {
-                    continue;
-                };
-                let mut old = step.spte;
-                if !F::is_leaf(old, step.level) {
-                    continue;
-                }
-                let mut frame = [Pfn(0)];
-                if self.host.frames().allocate(&mut frame).is_err() {
-                    return;
-                }
-                let [pfn] = frame;
-                let place = Place {
-                    as_id,
-                    private: false,
-                    level: below,
-                    gfn: step.gfn,
-                };
-                self.meta.set_state(pfn, TableState::Spare);
-                self.meta.link(pfn, place);
-                let page = table::page(self.host.frames(), pfn);
-                let tally = &self.shards.sweeps;
-                let linked = loop {
-                    if !F::is_leaf(old, step.level) {
-                        break false;
-                    }
-                    page.fill(|index| F::split_child(old, step.level, index));
-                    let table = F::table(pfn);
-                    match entry::exchange::<F>(step.entry, step.level, old, table, tally) {
-                        Ok(()) => break true,
-                        Err(actual) => old = actual,
-                    }
-                };
-                if linked {
-                    tally.add(Stat::pages(below), entry::TABLE_ENTRIES as i64);
-                    tally.add(Stat::Splits, 1);
-                } else {
-                    self.meta.set_state(pfn, TableState::Free);
-                    self.host.frames().free(&[pfn]);
-                }
+            let mut done = SplitReport::default();
+            let partly = |level, covered| level > Level::L1 && !range.covers(covered);
+            if self
+                .split_in(&root, one, &mut batch, &mut done, partly)
+                .is_err()
+            {
+                return;
             }
         }
+    }
+
+    /// Splits the leaves of a root that meet `range` and that `wants` says, by their level and frames.
+    fn split_in(
+        &self,
+        root: &Root<H>,
+        range: GfnRange,
+        batch: &mut Batch<'_, F, H>,
+        done: &mut SplitReport,
+        wants: impl Fn(Level, GfnRange) -> bool,
+    ) -> Result<(), SplitStopped> {
+        let mut rest = range;
+        while let Some(stopped_at) = self.split_while_frames_last(root, rest, batch, done, &wants) {
+            rest.start = stopped_at.max(range.start);
+            done.next = rest.start;
+            // One for each leaf of 2 MiB that may be there, and those above.
+            let want = rest.pages() / Level::L2.pages() + 2;
+            batch
+                .fill(want)
+                .map_err(|error| SplitStopped { done: *done, error })?;
+        }
+        Ok(())
+    }
+
+    /// One visit. Returns the place of the first leaf for which no frame was left.
+    fn split_while_frames_last(
+        &self,
+        root: &Root<H>,
+        range: GfnRange,
+        batch: &mut Batch<'_, F, H>,
+        done: &mut SplitReport,
+        wants: &impl Fn(Level, GfnRange) -> bool,
+    ) -> Option<Gfn> {
+        let mut visit = self.domain.visit();
+        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L2);
+        while let Some(step) = iter.next() {
+            let covered = step.range();
+            if !F::is_leaf(step.spte, step.level) || !wants(step.level, covered) {
+                continue;
+            }
+            let Some(pfn) = batch.frames.pop() else {
+                return Some(covered.start);
+            };
+            if self.split_shared_leaf(root.as_id, step.entry, step.level, step.gfn, step.spte, pfn)
+            {
+                done.splits += 1;
+            } else {
+                self.meta.set_state(pfn, TableState::Spare);
+                batch.frames.push(pfn);
+            }
+        }
+        None
+    }
+
+    /// Replaces `old`, a large leaf, by a table in the frame `pfn`. `false` if the entry is no leaf any more; the frame is
+    /// then linked nowhere.
+    fn split_shared_leaf(
+        &self,
+        as_id: AddressSpaceId,
+        entry: EntryRef<'_>,
+        level: Level,
+        gfn: Gfn,
+        mut old: Spte,
+        pfn: Pfn,
+    ) -> bool {
+        let Some(below) = level.below() else {
+            return false;
+        };
+        let place = Place {
+            as_id,
+            private: false,
+            level: below,
+            gfn,
+        };
+        self.meta.link(pfn, place);
+        let page = table::page(self.host.frames(), pfn);
+        let tally = &self.shards.sweeps;
+        while F::is_leaf(old, level) {
+            page.fill(nx::children::<F>(old, level));
+            match entry::exchange::<F>(entry, level, old, F::table(pfn), tally) {
+                Ok(()) => {
+                    tally.add(Stat::pages(below), TABLE_ENTRIES as i64);
+                    tally.add(Stat::Splits, 1);
+                    return true;
+                }
+                Err(actual) => old = actual,
+            }
+        }
+        false
+    }
+}
+
+impl<F: Format, H: Host> Mmu<F, H> {
+    /// Splits every leaf above `to` that meets a range, in one pass, into tables of leaves that translate alike. Nothing
+    /// needs to be flushed. Faults go on meanwhile; one may install a large leaf again unless its slot forbids it.
+    ///
+    /// # Errors
+    ///
+    /// [`SplitStopped`] if no frame is left for a table: the rest of the range stays as it is, and whoever needs it small
+    /// may take it from the guest or let the guest's faults split it.
+    pub fn split(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+        to: Level,
+    ) -> Result<SplitReport, SplitStopped> {
+        self.shared().split(as_id, range.into(), to)
     }
 }

@@ -40,13 +40,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         let mut visit = self.domain.visit();
         let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, &root, range, Level::L1);
         while let Some(step) = iter.next() {
-            if F::is_leaf(step.spte, step.level) {
+            let spte = self.stands_for(&step, &root);
+            if F::is_leaf(spte, step.level) {
                 see(Leaf {
                     gfn: step.gfn,
                     level: step.level,
-                    pfn: F::leaf_pfn(step.spte, step.level),
-                    perms: F::perms(step.spte),
-                    spte: step.spte,
+                    pfn: F::leaf_pfn(spte, step.level),
+                    perms: F::perms(spte),
+                    spte,
                 });
             }
         }

@@ -11,12 +11,13 @@ use crate::event::{self, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
+use crate::nx;
 use crate::root::Root;
 use crate::stats::{Stat, Tally};
 use crate::table::{self, TableState};
 use crate::tlb::PendingFlush;
 use alloc::vec::Vec;
-use tdp_arch::{Format, GfnRange, Level, Pfn, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
 
 /// What a zap takes away.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 match entry::exchange::<F>(entry, level, old, F::EMPTY, tally) {
                     Ok(()) => {
                         if is_leaf {
+                            self.keep_dirty(root.as_id, covered.start, level, old);
                             pending.count_leaf();
                             pending.note(root.as_id, covered, false);
                         }
@@ -100,11 +102,46 @@ impl<F: Format, H: Host> Shared<F, H> {
         pending.note(
             root.as_id,
             GfnRange {
-                start: tdp_arch::Gfn(0),
+                start: Gfn(0),
                 end: root.limit(),
             },
             true,
         );
+    }
+}
+
+/// What the leaves of a table that was sealed said of their use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Harvest {
+    /// One of them had been used since it was last made old.
+    pub(crate) young: bool,
+    /// One of them had been written.
+    pub(crate) dirty: bool,
+}
+
+impl Harvest {
+    /// Takes in what a leaf says.
+    #[inline(always)]
+    pub(crate) fn gather<F: Format>(&mut self, leaf: Spte) {
+        if leaf.0 & F::AD_SOFTWARE == 0 {
+            self.young |= leaf.0 & F::ACCESSED != 0;
+            self.dirty |= leaf.0 & F::DIRTY != 0;
+        } else {
+            self.young |= !F::is_access_tracked(leaf);
+        }
+    }
+
+    /// A leaf that says as much for itself.
+    pub(crate) fn given_to<F: Format>(self, leaf: Spte) -> Spte {
+        if leaf.0 & F::AD_SOFTWARE == 0 {
+            let accessed = if self.young { F::ACCESSED } else { 0 };
+            let dirty = if self.dirty { F::DIRTY } else { 0 };
+            Spte(leaf.0 | accessed | dirty)
+        } else if self.young && F::is_access_tracked(leaf) {
+            F::restore_access_tracked(leaf)
+        } else {
+            leaf
+        }
     }
 }
 
@@ -116,11 +153,12 @@ pub(crate) fn seal_subtree<F: Format, H: Host>(
     level: Level,
     tally: &impl Tally,
     pending: &mut PendingFlush<'_, F, H>,
-) {
+) -> Harvest {
     tally.add(Stat::Unlinked, 1);
-    seal_entries::<F, H>(shared, pfn, level, tally, pending);
+    let harvest = seal_entries::<F, H>(shared, pfn, level, tally, pending);
     shared.meta.set_state(pfn, TableState::Sealed);
     pending.tables.push(pfn);
+    harvest
 }
 
 /// At most five deep: one call a level.
@@ -130,19 +168,37 @@ fn seal_entries<F: Format, H: Host>(
     level: Level,
     tally: &impl Tally,
     pending: &mut PendingFlush<'_, F, H>,
-) {
+) -> Harvest {
     let page = table::page(shared.host.frames(), pfn);
-    let place = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
+    let place = shared.meta.place(pfn);
+    let was = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
+    let mut harvest = Harvest::default();
+    // Booked once for the table: the counters of sweeps are shared.
+    let mut leaves = 0;
     let mut index = 0;
     while let Some(entry) = page.get(index) {
-        let old = entry.at(place.entry(index)).seal::<F>(level, tally);
+        let old = entry.at(was.entry(index)).seal::<F>(level);
         if F::is_leaf(old, level) {
-            pending.count_leaf();
+            if let Some(place) = place {
+                let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());
+                shared.keep_dirty(place.as_id, gfn, level, old);
+            }
+            leaves += 1;
+            harvest.gather::<F>(old);
         } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {
-            seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);
+            entry::account::<F>(level, old, F::SEALED, tally);
+            nx::account::<F>(level, old, F::SEALED, tally);
+            let part = seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);
+            harvest.young |= part.young;
+            harvest.dirty |= part.dirty;
         }
         index += 1;
     }
+    if leaves > 0 {
+        tally.add(Stat::pages(level), -leaves);
+        pending.count_leaves(leaves as u64);
+    }
+    harvest
 }
 
 /// Frees a tree that no vCPU, sweep or processor uses any more.

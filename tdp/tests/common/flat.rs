@@ -14,6 +14,8 @@ pub(crate) struct FlatLeaf {
     pub(crate) pfn: u64,
     /// What the entry says that the guest may do.
     pub(crate) perms: Perms,
+    /// A write gets the permission back without asking the host.
+    pub(crate) writable: bool,
     pub(crate) accessed: bool,
     pub(crate) dirty: bool,
 }
@@ -163,7 +165,11 @@ impl Tree {
             }
             let mut made = new.leaf();
             if leaf.pfn == made.pfn {
+                if let Some(level) = self.repair(new.gfn, new.access, false) {
+                    return Installed::Fixed(level);
+                }
                 made.perms |= leaf.perms;
+                made.writable |= leaf.writable;
                 made.accessed |= leaf.accessed;
                 made.dirty |= leaf.dirty;
             }
@@ -180,6 +186,57 @@ impl Tree {
         self.mmio.remove(&start);
         self.leaves.insert(start, new.leaf());
         Installed::Fixed(goal)
+    }
+
+    /// Gives a leaf the write permission back that a sweep took, for a write. A large leaf that is logged is split instead.
+    pub(crate) fn repair(&mut self, gfn: u64, access: Access, logged: bool) -> Option<Level> {
+        let (start, leaf) = self.leaf_at(gfn)?;
+        let lacks = leaf.writable && !leaf.perms.contains(Perms::WRITE);
+        if !access.is_write() || !lacks || (logged && leaf.level > Level::L1) {
+            return None;
+        }
+        self.leaves.get_mut(&start)?.perms |= Perms::WRITE;
+        Some(leaf.level)
+    }
+
+    /// Takes write permission from every leaf whose frames meet `range`.
+    pub(crate) fn write_protect(&mut self, range: GfnRange) {
+        for start in self.meeting(range) {
+            if let Some(leaf) = self.leaves.get_mut(&start) {
+                leaf.perms = leaf.perms.difference(Perms::WRITE);
+            }
+        }
+    }
+
+    /// Takes over a large leaf that is said to stand for all that was below a table within `range`.
+    pub(crate) fn adopt_collapsed(&mut self, range: GfnRange, start: u64, large: FlatLeaf) {
+        let block = start..start + large.level.pages();
+        let below = large.level.below().expect("a large leaf");
+        assert!(
+            self.tables.contains(&(below, start)),
+            "no table was at {start:#x}"
+        );
+        assert!(
+            range.start.0 <= block.start && block.end <= range.end.0,
+            "beyond the slot"
+        );
+        let (mut writable, mut any) = (false, false);
+        for (&at, leaf) in self.leaves.range(block) {
+            let bare = |leaf: &FlatLeaf| leaf.perms.difference(Perms::WRITE);
+            assert_eq!(
+                leaf.pfn,
+                large.pfn + (at - start),
+                "other memory at {at:#x}"
+            );
+            assert_eq!(bare(leaf), bare(&large), "other permissions at {at:#x}");
+            assert!(!large.perms.contains(Perms::WRITE) || leaf.writable);
+            assert!(large.accessed || !leaf.accessed);
+            assert!(large.dirty || !leaf.dirty);
+            (writable, any) = (leaf.writable, true);
+        }
+        assert!(any, "made of nothing at {start:#x}");
+        self.unlink(below, start);
+        self.leaves.insert(start, FlatLeaf { writable, ..large });
     }
 
     /// Remembers that there is no memory at `gfn`. `false` if a leaf is there.
@@ -244,6 +301,7 @@ impl Install {
             level: self.goal,
             pfn: self.pfn & !(self.goal.pages() - 1),
             perms: self.perms,
+            writable: self.perms.contains(Perms::WRITE),
             accessed: self.accessed,
             dirty: self.dirty,
         }

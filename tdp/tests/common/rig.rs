@@ -5,8 +5,8 @@ use super::processor::{Processor, ProcessorSetup, Report, guest_access, perms};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use tdp::{
-    Access, AdBits, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu, MmuBuilder,
-    Outcome, Perms, Pfn, PoolConfig, SlotRemoval, Spte, TableMemory, TlbVcpu, Vcpu,
+    Access, AdBits, DirtyTracking, Fault, Gfn, Gpa, Host, Hpa, Level, LoadedRoot, MmapPool, Mmu,
+    MmuBuilder, Outcome, Perms, Pfn, PoolConfig, SlotRemoval, Spte, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::{PhysicalMemory, ReadOnly, WalkError, Walker};
@@ -51,6 +51,9 @@ pub(crate) struct RigSetup {
     pub(crate) mmio_caching: bool,
     pub(crate) max_leaf: Level,
     pub(crate) garbage_bound: usize,
+    pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) dirty_ring: u32,
+    pub(crate) eager_split: bool,
     pub(crate) slot_removal: SlotRemoval,
     pub(crate) slot_generation: u64,
 }
@@ -64,6 +67,9 @@ impl Default for RigSetup {
             mmio_caching: true,
             max_leaf: Level::L3,
             garbage_bound: 4096,
+            dirty_tracking: DirtyTracking::default(),
+            dirty_ring: 0,
+            eager_split: true,
             slot_removal: SlotRemoval::default(),
             slot_generation: 0,
         }
@@ -86,6 +92,9 @@ impl<F: Processor> Rig<F> {
             .mmio_caching(setup.mmio_caching)
             .max_leaf(setup.max_leaf)
             .garbage_bound(setup.garbage_bound)
+            .dirty_tracking(setup.dirty_tracking)
+            .dirty_ring(setup.dirty_ring)
+            .eager_split(setup.eager_split)
             .slot_removal(setup.slot_removal)
             .slot_generation(setup.slot_generation)
             .build()
@@ -260,12 +269,25 @@ impl<F: Processor> Cpu<F> {
 
     /// One access of the guest under the root that was loaded last.
     pub(crate) fn touch(&mut self, gpa: Gpa, access: Access) -> Touched {
+        self.touch_then(gpa, access, |_| {})
+    }
+
+    /// The same, and what the guest does with the frame while it is inside.
+    pub(crate) fn touch_then(
+        &mut self,
+        gpa: Gpa,
+        access: Access,
+        then: impl FnOnce(Pfn),
+    ) -> Touched {
         if self.tlb.enter() {
             self.software.flush_all();
         }
         let before = self.software.counters().walks;
         let memory = TableMemory::new(&self.frames);
         let answer = self.software.access(&memory, gpa, guest_access(access));
+        if let Ok(found) = &answer {
+            then(found.hpa.pfn());
+        }
         self.tlb.exit();
         let walked = self.software.counters().walks != before;
         let (result, fault) = match answer {

@@ -31,6 +31,8 @@ macro_rules! both_formats {
 
 mod accessed;
 mod age;
+mod collapse;
+mod dirty;
 mod dump;
 mod errors;
 mod frames;
@@ -38,10 +40,12 @@ mod hostile;
 mod invalidation;
 mod levels;
 mod mmio;
+mod nx;
 mod overtaken;
 mod permissions;
 mod protect;
 mod roots;
 mod slots;
+mod split;
 mod steps;
 mod zap;

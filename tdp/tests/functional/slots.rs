@@ -264,7 +264,7 @@ both_formats! {
         rig.assert_maps(&mut cpu.vcpu, Gfn(3), Pfn(BASE + 3), Level::L1, Perms::RWX);
     }
 
-    /// Logging writes needs nothing taken away now; new leaves are small.
+    /// Logging writes splits what is mapped and takes its write permission; new leaves are small.
     fn dirty_logging_makes_new_leaves_small<F>() {
         let rig = Rig::<F>::new();
         let slots = rig.mmu.slots();
@@ -275,9 +275,9 @@ both_formats! {
         let generation = slots.generation();
         slots.set_flags(SPACE, id, SlotFlags::LOG_DIRTY).expect("it is there");
         assert_ne!(slots.generation(), generation);
-        assert_eq!(rig.host().take_flushes(), []);
+        assert_eq!(rig.host().take_flushes().len(), 1);
         assert_eq!(vcpu.fault(Fault::read(Gfn(0x200).address())), fixed());
-        assert_eq!(rig.mmu.stats().pages, [1, 1, 0]);
+        assert_eq!(rig.mmu.stats().pages, [513, 0, 0]);
     }
 
     /// A vCPU that used a slot last is not misled by what comes after it.

@@ -13,12 +13,14 @@
 #![cfg(loom)]
 
 mod conversion;
+mod dirty;
 mod faults;
 mod handoff;
 mod invalidation;
 mod module;
 mod removal;
 mod resize;
+mod sizes;
 mod sweeps;
 mod tlb;
 mod world;

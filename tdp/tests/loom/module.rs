@@ -50,6 +50,7 @@ pub(crate) struct Module {
     busy: AtomicUsize,
     refused_blocks: AtomicUsize,
     refused_merges: AtomicUsize,
+    refuse_tickets: AtomicUsize,
     begun: AtomicU64,
     drained: AtomicU64,
     twins: Mutex<Vec<Pfn>>,
@@ -69,6 +70,7 @@ impl Module {
             busy: AtomicUsize::new(0),
             refused_blocks: AtomicUsize::new(0),
             refused_merges: AtomicUsize::new(0),
+            refuse_tickets: AtomicUsize::new(0),
             begun: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             twins: Mutex::new((0..12).map(|n| Pfn(FIRST_TWIN + n)).collect()),
@@ -140,6 +142,11 @@ impl Module {
             self.drained.load(Plain::Relaxed) > stamp,
             "a ticket that began before the block"
         );
+    }
+
+    /// Refuses the next so many tickets.
+    pub(crate) fn refuse_tickets(&self, count: usize) {
+        self.refuse_tickets.store(count, Plain::Relaxed);
     }
 
     /// Pages given as tables that have not come back.
@@ -243,6 +250,11 @@ impl ProtectedTable for Module {
     }
 
     fn flush_begin(&self) -> Result<Ticket, Failure> {
+        let refuse = &self.refuse_tickets;
+        if refuse.load(Plain::Relaxed) > 0 {
+            refuse.fetch_sub(1, Plain::Relaxed);
+            return Err(Failure::Refused(10));
+        }
         let number = self.begun.fetch_add(1, Plain::Relaxed) + 1;
         assert_eq!(
             self.drained.load(Plain::Relaxed) + 1,

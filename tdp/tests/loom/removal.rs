@@ -138,3 +138,39 @@ fn two_removals_share_the_desk() {
         world.finish([vcpu]);
     });
 }
+
+/// An empty table is to be unlinked and gets no ticket, while a fault is on its way below: the fault installs nothing below
+/// a table that is blocked, and takes the block back.
+#[test]
+fn a_fault_against_the_removal_of_its_table_without_a_ticket() {
+    explore(
+        "hand-off x zap of the table without a ticket",
+        Some(2),
+        || {
+            let world = World::confidential(Manner::default(), true);
+            let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+            settle(&mut ours, A);
+            world.mmu.zap_private(SPACE, only(A)).unwrap();
+            world.mmu.host().module.refuse_tickets(1);
+
+            let other = thread::spawn(move || {
+                // Its own ticket may be the one that is refused.
+                let fault = Fault::write(B.address()).private();
+                while let Outcome::Retry(_) | Outcome::MemoryFault(_) = theirs.fault(fault).unwrap()
+                {
+                    thread::yield_now();
+                }
+                theirs
+            });
+            let _ = world.mmu.zap_private(SPACE, FIRST);
+            let theirs = other.join().unwrap();
+
+            world.mmu.host().module.refuse_tickets(0);
+            world.audit_private();
+            world.mmu.zap_private(SPACE, FIRST).unwrap();
+            drop((ours, theirs));
+            assert_eq!(world.mmu.host().module.twins_out(), 0);
+            world.finish([]);
+        },
+    );
+}

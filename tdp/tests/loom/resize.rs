@@ -173,3 +173,29 @@ fn a_fold_against_the_removal_of_its_table() {
         |world| assert_eq!(mapped(world), [false, false]),
     );
 }
+
+/// A table is folded while one of its pages is taken away, and a ticket is refused: whoever gets no ticket leaves what it
+/// blocked blocked, and nobody calls below a table that is.
+#[test]
+fn a_fold_without_a_ticket_against_removal() {
+    explore("private fold without a ticket x zap", Some(2), || {
+        let world = World::confidential(LARGE, false);
+        let mut vcpu = world.vcpu();
+        settle(&mut vcpu, A, Level::L1);
+        settle(&mut vcpu, B, Level::L1);
+        world.mmu.host().module.refuse_tickets(1);
+
+        let mmu = world.mmu.clone();
+        let thread = thread::spawn(move || mmu.zap_private(SPACE, only(B)));
+        let folded = fold(&world.mmu);
+        let removed = thread.join().unwrap();
+
+        assert!(
+            folded.is_err() != removed.is_err(),
+            "one ticket is refused: {folded:?}, {removed:?}"
+        );
+        settle(&mut vcpu, B, Level::L1);
+        assert_eq!(mapped(&world), [true, true]);
+        finish(world, [vcpu]);
+    });
+}

@@ -19,9 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
 use std::time::Instant;
 use tdp::{
-    Access, AddressSpaceId, Decoded, Ept, FlushRequest, Format, FrameSource, Gfn, Host, Hpa, Level,
-    Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, SlotRemoval, Spte, TableMemory,
-    TablePage, TlbTracker, TlbVcpu, Visibility,
+    Access, AddressSpaceId, Decoded, DirtyTracking, Ept, FlushRequest, Format, FrameSource, Gfn,
+    Host, Hpa, Level, Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, SlotFlags,
+    SlotRemoval, Spte, TableMemory, TablePage, TlbTracker, TlbVcpu, Visibility,
 };
 use tdp_arch::walker::PhysicalMemory;
 
@@ -404,6 +404,27 @@ impl World {
         Self::bounded(host, 1 << 20).and_memory(ALL)
     }
 
+    /// A world of one page, [`A`], whose writes are logged if `logged`; with rings of four entries if `rings`. Nothing is
+    /// freed before the end.
+    pub(crate) fn with_log(tracking: DirtyTracking, rings: bool, logged: bool) -> Self {
+        let host = TestHost::new();
+        let frames = host.frames.clone();
+        let builder = Mmu::builder(host)
+            .levels(Level::L2)
+            .dirty_tracking(tracking)
+            .dirty_ring(if rings { 4 } else { 0 })
+            .garbage_bound(1 << 20);
+        let mmu = builder.build().unwrap();
+        let flags = if logged {
+            SlotFlags::LOG_DIRTY
+        } else {
+            SlotFlags::empty()
+        };
+        let slot = Slot::new(only(A), Backing::new()).with_flags(flags);
+        mmu.slots().insert(slot).unwrap();
+        Self { mmu, frames }
+    }
+
     /// A running confidential guest, private throughout, with a slot over all frames. Nothing is freed before the end
     /// unless `frees`.
     pub(crate) fn confidential(manner: Manner, frees: bool) -> Self {
@@ -605,6 +626,11 @@ impl Processor {
 
     /// Sets the dirty bit of a frame's leaf, as a write of the guest does, if the leaf permits writing.
     pub(crate) fn set_dirty(&mut self, gfn: Gfn) -> bool {
+        self.write(gfn, || {})
+    }
+
+    /// The same, and what the guest writes.
+    pub(crate) fn write(&mut self, gfn: Gfn, store: impl FnOnce()) -> bool {
         let frames = &self.mmu.host().frames;
         let _ = self.tlb.enter();
         let set = loop {
@@ -621,6 +647,9 @@ impl Processor {
                 break true;
             }
         };
+        if set {
+            store();
+        }
         self.tlb.exit();
         set
     }

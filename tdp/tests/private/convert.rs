@@ -109,6 +109,33 @@ fn ranges_that_make_no_sense_are_refused() {
     assert!(rig.mmu.slots().insert(slot).is_err());
 }
 
+#[test]
+fn below_tables_that_are_there_no_leaf_spans_both_kinds_either() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let mut touch = |gfn: u64, at_most| match vcpu.fault(private(gfn).max_level(at_most)) {
+        Ok(Outcome::Fixed { level }) => level,
+        other => panic!("{other:?}"),
+    };
+    // Links all tables above.
+    assert_eq!(touch(0, Level::L2), Level::L2);
+    let share = |gfn: u64| {
+        let range = Gfn(gfn)..Gfn(gfn + 1);
+        rig.mmu.convert(SPACE, range, Visibility::Shared).unwrap();
+    };
+    share(512);
+    share(2047);
+    assert_eq!(touch(700, Level::L2), Level::L1);
+    assert_eq!(touch(1024 + 3, Level::L2), Level::L2);
+    assert_eq!(touch(2046, Level::L2), Level::L1);
+    // What the guest accepts, and what it accepted once.
+    assert_eq!(touch(2048 + 5, Level::L1), Level::L1);
+    assert_eq!(touch(2560 + 511, Level::L3), Level::L2);
+    let pages = rig.mmu.stats().pages;
+    assert_eq!(pages, [3, 3, 0]);
+    rig.check();
+}
+
 /// Private memory goes in steps as it goes in one: the same pages, the same tables, the same complaints.
 #[test]
 fn private_memory_is_removed_in_steps() {

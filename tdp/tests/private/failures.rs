@@ -2,9 +2,10 @@
 
 use crate::rig::{Rig, SPACE, fixed, private};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use tdp::protected::tdx::{Call, Operand, Status};
 use tdp::protected::{HandOffCause, HandOffStep};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome};
+use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, RetryReason};
 
 /// Answers every `every`-th call of a kind as busy.
 fn busy(every: u64) -> impl FnMut(Call) -> Option<(Status, Operand)> + Send {
@@ -196,4 +197,101 @@ fn a_table_that_was_left_blocked_is_reclaimed_from_a_dead_guest() {
     let removed = rig.mmu.reclaim_private().unwrap();
     assert_eq!((removed.frames, removed.tables, removed.leaked), (0, 3, 0));
     assert_eq!(rig.module.violations(), []);
+}
+
+#[test]
+fn a_fault_waits_for_a_ticket_outside_its_critical_section() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    leave_blocked(&rig, Call::MemTrack);
+    // A vCPU in the guest that does not leave: no ticket drains.
+    let mut tlb = rig.mmu.host().tlb().vcpu();
+    let _ = tlb.enter();
+    let (settled, before) = (AtomicBool::new(false), rig.module_tracks());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert_eq!(vcpu.fault(private(3)), Ok(Outcome::Spurious));
+            settled.store(true, Ordering::Release);
+        });
+        while rig.module_tracks() == before {
+            std::thread::yield_now();
+        }
+        // Waits for every critical section, and would wait for ever for one that waits for the ticket.
+        drop(rig.mmu.invalidate_begin(SPACE, Gfn(9000)..Gfn(9001)));
+        assert!(!settled.load(Ordering::Acquire));
+        tlb.exit();
+    });
+    rig.check();
+    assert_eq!(rig.mmu.stats().protected.ticket_waits, 0);
+}
+
+#[test]
+fn who_waits_for_the_ticket_of_another_is_counted() {
+    let rig = Rig::running(Level::L1);
+    let [mut one, mut two] = [rig.vcpu(), rig.vcpu()];
+    for n in [3, 4] {
+        assert_eq!(one.fault(private(n)), fixed(Level::L1));
+    }
+    leave_blocked(&rig, Call::MemTrack);
+    // A vCPU in the guest that does not leave: no ticket drains.
+    let mut tlb = rig.mmu.host().tlb().vcpu();
+    let _ = tlb.enter();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(one.fault(private(3)), Ok(Outcome::Spurious)));
+        scope.spawn(|| assert_eq!(two.fault(private(4)), Ok(Outcome::Spurious)));
+        while rig.mmu.stats().protected.ticket_waits == 0 {
+            std::thread::yield_now();
+        }
+        tlb.exit();
+    });
+    assert_eq!(rig.mmu.stats().protected.ticket_waits, 1);
+    rig.check();
+}
+
+#[test]
+fn a_batch_waits_for_no_ticket() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(3)), fixed(Level::L1));
+    leave_blocked(&rig, Call::MemTrack);
+    let outcome = vcpu.batch().unwrap().fault(private(3));
+    assert_eq!(outcome, Ok(Outcome::Retry(RetryReason::Frozen)));
+    assert_eq!(vcpu.fault(private(3)), Ok(Outcome::Spurious));
+    rig.check();
+}
+
+#[test]
+fn a_panic_in_the_removal_of_a_slot_leaves_the_slot() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let [id] = rig
+        .mmu
+        .slots()
+        .list(SPACE)
+        .iter()
+        .map(|slot| slot.id())
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("one slot");
+    };
+    rig.script.panic_in(Call::MemPageRemove);
+    let removed = catch_unwind(AssertUnwindSafe(|| rig.mmu.slots().remove(SPACE, id)));
+    assert!(removed.is_err());
+    rig.script.clear();
+    // Its memory is mapped as before, or anew.
+    for n in 0..5 {
+        let outcome = vcpu.fault(private(n)).unwrap();
+        assert!(
+            matches!(outcome, Outcome::Spurious | Outcome::Fixed { .. }),
+            "{outcome:?}"
+        );
+    }
+    rig.check();
+    rig.mmu.slots().remove(SPACE, id).unwrap();
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    rig.check();
 }

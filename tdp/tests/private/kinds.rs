@@ -28,6 +28,10 @@ struct State {
     /// Tokens that `resume` was called with.
     resumed: Vec<u64>,
     donated: u32,
+    /// Tickets begun.
+    tickets: u64,
+    /// The ticket that does not drain.
+    held: Option<u64>,
     kicks: u32,
     calls: Vec<HandOffStep>,
     twins: u64,
@@ -126,7 +130,17 @@ impl ProtectedTable for Scripted {
 
     fn flush_begin(&self) -> Result<Ticket, Failure> {
         self.answer(HandOffStep::Flush)?;
-        Ok(Ticket::new(1))
+        let mut state = self.state.lock().unwrap();
+        state.tickets += 1;
+        Ok(Ticket::new(state.tickets))
+    }
+
+    fn flush_poll(&self, ticket: Ticket) -> Result<Drained, Ticket> {
+        if self.state.lock().unwrap().held == Some(ticket.number()) {
+            Err(ticket)
+        } else {
+            Ok(ticket.drained())
+        }
     }
 
     fn remove(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
@@ -174,6 +188,10 @@ impl ProtectedTable for Scripted {
 type TestMmu = Mmu<Ept, SoftwareHost<Scripted>>;
 
 fn building(capabilities: Capabilities) -> TestMmu {
+    building_in(1, capabilities)
+}
+
+fn building_in(spaces: u8, capabilities: Capabilities) -> TestMmu {
     let frames = MmapPool::new(PoolConfig {
         frames: 256,
         base: Pfn(0x1000),
@@ -187,6 +205,7 @@ fn building(capabilities: Capabilities) -> TestMmu {
     let host = SoftwareHost::confidential(frames, TlbTracker::new(), table);
     let mmu = TestMmu::builder(host)
         .private_by_fault()
+        .address_spaces(spaces)
         .default_visibility(Visibility::Private)
         .build()
         .unwrap();
@@ -506,5 +525,88 @@ fn a_module_without_links_and_blocks_sees_neither() {
         .clone();
     assert_eq!(calls, [HandOffStep::Install, HandOffStep::Remove]);
     assert_eq!(mmu.stats().tables, 2, "the table is unlinked all the same");
+    check(&mmu);
+}
+
+#[test]
+fn a_conversion_takes_place_in_all_address_spaces() {
+    let other = AddressSpaceId(1);
+    let mmu = building_in(2, Capabilities::none().needs_link().needs_block());
+    let backing = LinearBacking::new(Pfn(0x8_0000), Level::L1).with_private(PRIVATE);
+    mmu.slots()
+        .insert(Slot::new(Gfn(0)..Gfn(4096), backing).in_space(other))
+        .unwrap();
+    mmu.build_private().unwrap().finalise().unwrap();
+    let mut vcpu = mmu.vcpu().unwrap();
+    vcpu.set_address_space(other).unwrap();
+    let mapped = |private: bool| {
+        let mut leaves = 0;
+        if private {
+            mmu.visit_private_leaves(other, Gfn(0)..Gfn(4096), |_| leaves += 1);
+        } else {
+            mmu.visit_leaves(other, Gfn(0)..Gfn(4096), |_| leaves += 1);
+        }
+        leaves
+    };
+    let fault = Fault::write(Gfn(3).address());
+    assert_eq!(vcpu.fault(fault.private()), FIXED);
+    // Of the guest, whichever space is named.
+    let removed = mmu
+        .convert(SPACE, Gfn(3)..Gfn(4), Visibility::Shared)
+        .unwrap();
+    assert_eq!((removed.frames, mapped(true)), (1, 0));
+    assert_eq!(vcpu.fault(fault), FIXED);
+    mmu.convert(SPACE, Gfn(3)..Gfn(4), Visibility::Private)
+        .unwrap();
+    assert_eq!(mapped(false), 0);
+    assert_eq!(vcpu.fault(fault.private()), FIXED);
+}
+
+#[test]
+fn a_module_that_cannot_finish_a_call_on_neighbours_gives_the_guest_up() {
+    for failure in [Failure::Fatal, Failure::Incomplete(Token(1))] {
+        let mmu = guest(
+            Capabilities::none()
+                .needs_link()
+                .needs_block()
+                .range_ops()
+                .resumable(),
+        );
+        script(&mmu, MANY, [failure]);
+        let done = mmu
+            .vcpu()
+            .unwrap()
+            .prefault(Gfn(0)..Gfn(64), Visibility::Private)
+            .unwrap();
+        assert_eq!(done.frames, 1);
+        assert_eq!(mmu.phase(), Some(Phase::Lost));
+        check(&mmu);
+    }
+}
+
+#[test]
+fn threads_wait_for_no_other_ticket_where_the_module_can_do_with_many() {
+    let mmu = guest(
+        Capabilities::none()
+            .needs_link()
+            .needs_block()
+            .parallel_tickets(),
+    );
+    for n in [3, 4] {
+        assert_eq!(touch(&mmu, n), FIXED);
+    }
+    let state = || mmu.host().protected_table().state.lock().unwrap();
+    state().held = Some(1);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap());
+        while state().tickets == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(mmu.zap_private(SPACE, Gfn(4)..Gfn(5)).unwrap().frames, 1);
+        assert!(!first.is_finished());
+        state().held = None;
+        assert_eq!(first.join().unwrap().frames, 1);
+    });
+    assert_eq!(mmu.stats().protected.ticket_waits, 0);
     check(&mmu);
 }

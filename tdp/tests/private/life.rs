@@ -1,8 +1,8 @@
 //! Building, running, taking memory away, taking everything apart.
 
-use crate::rig::{GUEST, PRIVATE_PFN, Rig, SPACE, fixed, private, shared};
+use crate::rig::{GUEST, PRIVATE_PFN, Rig, SHARED_PFN, SPACE, fixed, private, shared};
 use tdp::protected::HandOffStep;
-use tdp::protected::tdx::{Call, Measured};
+use tdp::protected::tdx::{Call, Measured, Operand, Status};
 use tdp::{Gfn, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason, Visibility};
 
 fn fault(reason: MemoryFault) -> Result<Outcome, tdp::FaultError> {
@@ -224,4 +224,75 @@ fn every_call_is_counted_as_the_module_counts_it() {
             step.name()
         );
     }
+}
+
+#[test]
+fn faults_that_take_turns_are_each_sent_back_three_times_at_most() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    let window = rig.mmu.invalidate_begin(SPACE, Gfn(0)..Gfn(8));
+    std::thread::scope(|scope| {
+        // One instruction that touches two pages.
+        let guest = scope.spawn(|| {
+            let mut sent_back = [0; 2];
+            while sent_back != [4; 2] {
+                for n in 0..2 {
+                    match vcpu.fault(private(n)) {
+                        Ok(Outcome::Retry(_)) => sent_back[n as usize] += 1,
+                        _ => return sent_back,
+                    }
+                }
+            }
+            sent_back
+        });
+        while rig.mmu.stats().protected.sent_back < 6 {
+            assert!(!guest.is_finished());
+            std::thread::yield_now();
+        }
+        // The seventh waits for as long as it takes.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(!guest.is_finished());
+        drop(window);
+        assert_eq!(guest.join().unwrap(), [3, 3]);
+    });
+    assert_eq!(rig.mmu.stats().protected.sent_back, 6);
+    rig.check();
+}
+
+#[test]
+fn an_image_page_beyond_the_guests_width_is_refused() {
+    let rig = Rig::building(Level::L1);
+    let mut image = rig.mmu.build_private().unwrap();
+    let window = rig.mmu.invalidate_begin(SPACE, Gfn(0)..Gfn(1));
+    for gfn in [Gfn(u64::MAX), Gfn(1 << 35)] {
+        let added = image.add(gfn, PRIVATE_PFN, SHARED_PFN);
+        assert!(matches!(added, Err(ImageError::Frame { .. })), "{added:?}");
+    }
+    drop(window);
+}
+
+#[test]
+fn a_page_of_the_image_that_is_measured_on_a_busy_module_is_added_once() {
+    let rig = Rig::measuring();
+    let mut image = rig.mmu.build_private().unwrap();
+    let mut calls = 0;
+    rig.script.refuse(move |call| {
+        calls += 1;
+        let often = matches!(call, Call::MrExtend | Call::MemPageRemove) && calls % 2 == 0;
+        often.then_some((Status::OperandBusy, Operand::TDR))
+    });
+    image.add(Gfn(3), PRIVATE_PFN, SHARED_PFN).unwrap();
+    // One that cannot be measured is taken back, and is not there for either.
+    rig.script
+        .refuse(|call| (call == Call::MrExtend).then_some((Status::OperandInvalid, Operand::RCX)));
+    assert!(
+        image
+            .add(Gfn(4), Pfn(PRIVATE_PFN.0 + 1), SHARED_PFN)
+            .is_err()
+    );
+    rig.script.clear();
+    let counts = rig.table().td().call_counts();
+    assert_eq!(counts.of(Call::MemPageAdd).done, 2);
+    assert_eq!(counts.of(Call::MrExtend).done, 16);
+    rig.check();
 }

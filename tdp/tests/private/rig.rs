@@ -103,6 +103,15 @@ impl Rig {
     }
 
     pub(crate) fn with_costs(level: Level, costs: Costs) -> Self {
+        Self::made(level, costs, false)
+    }
+
+    /// A guest that is being built by small pages whose content is measured.
+    pub(crate) fn measuring() -> Self {
+        Self::made(Level::L1, Costs::default(), true)
+    }
+
+    fn made(level: Level, costs: Costs, measuring: bool) -> Self {
         let script = Script::default();
         let config = TdxConfig {
             memory: Pfn(MODULE)..MODULE_END,
@@ -122,7 +131,10 @@ impl Rig {
             huge_pages: false,
         })
         .unwrap();
-        let table = TdxTable::new(td, tlb.clone(), TWINS);
+        let mut table = TdxTable::new(td, tlb.clone(), TWINS);
+        if measuring {
+            table = table.measuring_content();
+        }
         let mmu = TestMmu::builder(SoftwareHost::confidential(frames, tlb.clone(), table))
             .shared_bit(47)
             .default_visibility(Visibility::Private)
@@ -154,6 +166,11 @@ impl Rig {
 
     pub(crate) fn table(&self) -> &TdxTable {
         self.mmu.host().protected_table()
+    }
+
+    /// Tickets that the module was asked for.
+    pub(crate) fn module_tracks(&self) -> u64 {
+        self.table().td().call_counts().of(Call::MemTrack).made
     }
 
     pub(crate) fn vcpu(&self) -> Vcpu {

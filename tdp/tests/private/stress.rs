@@ -40,6 +40,7 @@ struct Scene {
     used: Vec<AtomicU32>,
     touched: AtomicU64,
     converted: AtomicU64,
+    folded: AtomicU64,
     most_sent_back: AtomicU32,
 }
 
@@ -159,6 +160,27 @@ fn run_zapper(scene: &Scene, seed: u64) {
     }
 }
 
+fn run_folder(scene: &Scene, seed: u64) {
+    let mut random = Random(seed);
+    let mut vcpu = scene.rig.vcpu();
+    while !scene.stop.load(Ordering::Relaxed) {
+        let table = random.below(FRAMES / 512) * 512;
+        let range = Gfn(table)..Gfn(table + 512);
+        let mmu = &scene.rig.mmu;
+        // The guest uses and accepts every page, then may have a large leaf: what is uniform is merged.
+        let td = scene.rig.table().td();
+        for gfn in range.start.0..range.end.0 {
+            settle(scene, &mut vcpu, gfn, true, Level::L1);
+            let _ = td.page_accept(PageInfo::new(Gfn(gfn).address(), Level::L1));
+        }
+        mmu.allow_huge(Gfn(table));
+        if let Ok(Ok(folded)) = catch_unwind(AssertUnwindSafe(|| mmu.fold_private(SPACE, range))) {
+            scene.folded.fetch_add(folded.folded, Ordering::Relaxed);
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
 fn run(seed: u64, level: Level, inject: bool) {
     let rig = Rig::running(level);
     if inject {
@@ -168,7 +190,7 @@ fn run(seed: u64, level: Level, inject: bool) {
             50..55
                 if matches!(
                     call,
-                    Call::MemPageAug | Call::MemSeptAdd | Call::MemRangeBlock
+                    Call::MemPageAug | Call::MemSeptAdd | Call::MemRangeBlock | Call::MemTrack
                 ) =>
             {
                 Some((Status::OperandInvalid, Operand::RCX))
@@ -188,6 +210,7 @@ fn run(seed: u64, level: Level, inject: bool) {
         used: (0..FRAMES).map(|_| AtomicU32::new(0)).collect(),
         touched: AtomicU64::new(0),
         converted: AtomicU64::new(0),
+        folded: AtomicU64::new(0),
         most_sent_back: AtomicU32::new(0),
     });
     let spawn = |body: Box<dyn FnOnce(&Scene) + Send>| {
@@ -201,6 +224,7 @@ fn run(seed: u64, level: Level, inject: bool) {
         spawn(Box::new(move |scene| run_converter(scene, seed + 4, 0))),
         spawn(Box::new(move |scene| run_converter(scene, seed + 5, 1))),
         spawn(Box::new(move |scene| run_zapper(scene, seed + 6))),
+        spawn(Box::new(move |scene| run_folder(scene, seed + 7))),
     ];
     std::thread::sleep(Duration::from_millis(700));
     scene.stop.store(true, Ordering::Relaxed);
@@ -212,6 +236,13 @@ fn run(seed: u64, level: Level, inject: bool) {
     assert!(scene.converted.load(Ordering::Relaxed) > 10, "it did work");
     let sent_back = scene.most_sent_back.load(Ordering::Relaxed);
     assert!(sent_back <= 3, "sent back {sent_back} times in a row");
+    println!("folded {}", scene.folded.load(Ordering::Relaxed));
+    // A merge of pages that the guest has not accepted is refused; the library cannot know.
+    let violations = scene.rig.module.take_violations();
+    assert!(
+        violations.iter().all(|it| it.call == Call::MemPagePromote),
+        "{violations:?}"
+    );
     scene.rig.check();
     // Exactly one half maps a frame.
     let mmu = &scene.rig.mmu;

@@ -38,6 +38,8 @@ pub(crate) struct Guest<F: Processor> {
     pub(crate) random: Random,
     pub(crate) flaw: Option<Flaw>,
     pub(crate) mmio_caching: bool,
+    /// Large leaves are not executable.
+    pub(crate) nx: bool,
     pub(crate) counts: GuestCounts,
 }
 
@@ -131,6 +133,12 @@ impl<F: Processor> Guest<F> {
             return;
         };
         let area = page / PAGES;
+        if self.nx && access == Access::Execute && found.level != Level::L1 {
+            verdict.violation(format_args!(
+                "fetch at {gfn} through a leaf of {}",
+                found.level
+            ));
+        }
         if pfn.0 >= TRAP.0 {
             verdict.violation(format_args!(
                 "{access:?} at {gfn} was translated by a table that had been freed"

@@ -6,12 +6,13 @@ use crate::memory::{
     AREAS, BLOCK_PAGES, BLOCKS, Memory, PAGES, Standing, all_areas, area_range, area_start,
 };
 use crate::plan::{Flaw, Plan};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tdp::protected::Unprotected;
 use tdp::{
-    Access, AddressSpaceId, FlushRequest, Format, Gfn, GfnRange, Host, Lookup, Mapping, Mmu, Perms,
-    Slot, SlotFlags, SlotId, TlbTracker,
+    Access, AddressSpaceId, FlushRequest, Format, Gfn, GfnRange, Host, Level, Lookup, Mapping, Mmu,
+    Perms, Slot, SlotFlags, SlotId, TlbTracker,
 };
 
 pub(crate) const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -80,10 +81,20 @@ impl Host for StressHost {
 
     fn flush(&self, _request: &FlushRequest) {
         pause(4);
-        if self.flaw != Some(Flaw::NoFlush) {
+        let neglected = match self.flaw {
+            Some(Flaw::NoFlush) => true,
+            Some(Flaw::NoFlushOfSizes) => CHANGES_SIZES.get(),
+            _ => false,
+        };
+        if !neglected {
             self.tlb.track(|_| {});
         }
     }
+}
+
+thread_local! {
+    /// This thread is about to flush what a change of sizes left.
+    static CHANGES_SIZES: Cell<bool> = const { Cell::new(false) };
 }
 
 /// How often each thing was done.
@@ -93,6 +104,9 @@ pub(crate) struct HostCounts {
     pub(crate) zaps: u64,
     pub(crate) teardowns: u64,
     pub(crate) slots: u64,
+    pub(crate) splits: u64,
+    pub(crate) collapsed: u64,
+    pub(crate) recovered: u64,
 }
 
 /// One of the host's threads.
@@ -118,6 +132,7 @@ impl<F: Format> Hand<F> {
             self.plan.zaps,
             self.plan.teardowns,
             self.plan.slots,
+            self.plan.sizes,
         ];
         let sum: u64 = weights.iter().sum();
         while !verdict.is_over() {
@@ -131,7 +146,8 @@ impl<F: Format> Hand<F> {
                 0 => self.invalidate(),
                 1 => self.zap(),
                 2 => self.tear_down(),
-                _ => self.change_slot(),
+                3 => self.change_slot(),
+                _ => self.change_sizes(),
             }
             // Lets the guest come in between.
             for _ in 0..self.random.below(4) {
@@ -220,6 +236,45 @@ impl<F: Format> Hand<F> {
         if self.random.once_in(16) {
             self.mmu.synchronize();
         }
+    }
+
+    /// Splits or collapses a range, or takes a step of recovery.
+    fn change_sizes(&mut self) {
+        let area = self.random.below(AREAS as u64) as usize;
+        let range = match self.random.below(4) {
+            0 => all_areas(self.random.once_in(2)),
+            1 => area_range(area, self.memory.standing(area).moved),
+            _ => {
+                let (first, count) = self.some_pages();
+                let start = area_start(area, self.memory.standing(area).moved);
+                GfnRange::new(Gfn(start.0 + first as u64), count as u64).expect("far from the end")
+            }
+        };
+        let pending = match self.random.below(8) {
+            0..3 => {
+                let done = match self.mmu.split(SPACE, range, Level::L1) {
+                    Ok(done) => done,
+                    Err(stopped) => stopped.done,
+                };
+                self.counts.splits += done.splits;
+                return;
+            }
+            3..7 => {
+                let pending = self.mmu.collapse(SPACE, range);
+                self.counts.collapsed += pending.tables() as u64;
+                pending
+            }
+            _ => {
+                let pending = self.mmu.recover_nx(1);
+                self.counts.recovered += pending.tables() as u64;
+                pending
+            }
+        };
+        // Unlinked, and not flushed: the guest still walks there.
+        pause(2);
+        CHANGES_SIZES.set(true);
+        pending.flush();
+        CHANGES_SIZES.set(false);
     }
 
     /// Makes the roots obsolete and takes them down.

@@ -23,7 +23,7 @@ use frames::PoisonPool;
 use guest::{Guest, GuestCounts};
 use host::{Hand, HostCounts, SPACE, StressHost, insert_area};
 use memory::{AREAS, Memory, Standing, page_of};
-use plan::{EVERYTHING, Flaw, INVALIDATIONS, Plan, SLOTS, ZAPS};
+use plan::{EVERYTHING, Flaw, INVALIDATIONS, Plan, SIZES, SLOTS, ZAPS};
 use processor::{Processor, ProcessorSetup};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -50,6 +50,7 @@ fn run<F: Processor>(plan: Plan, length: Duration) -> Vec<String> {
     let mmio_caching = plan.slots != 0;
     let mmu = Mmu::<F, _>::builder(host)
         .mmio_caching(mmio_caching)
+        .nx_huge_pages(plan.nx)
         .garbage_bound(8)
         .build()
         .expect("a possible set-up");
@@ -123,6 +124,7 @@ fn guest<F: Processor>(
         random,
         flaw: plan.flaw,
         mmio_caching: plan.slots != 0,
+        nx: plan.nx,
         counts: GuestCounts::default(),
     }
 }
@@ -211,8 +213,12 @@ tests! {
     faults_against_invalidations: passes::<F>(INVALIDATIONS);
     faults_against_zaps_and_teardowns: passes::<F>(ZAPS);
     faults_against_slots: passes::<F>(SLOTS);
+    faults_against_sizes: passes::<F>(SIZES);
+    faults_against_sizes_without_executable_large_leaves:
+        passes::<F>(SIZES.without_executable_large_leaves());
     faults_against_everything: passes::<F>(EVERYTHING);
     a_missing_flush_is_caught: is_caught::<F>(EVERYTHING, Flaw::NoFlush);
+    a_missing_flush_after_a_collapse_is_caught: is_caught::<F>(SIZES, Flaw::NoFlushOfSizes);
     a_tlb_that_is_kept_is_caught: is_caught::<F>(EVERYTHING, Flaw::VcpuKeepsTlb);
     a_page_given_away_too_early_is_caught: is_caught::<F>(INVALIDATIONS, Flaw::GivesAwayFirst);
 }

@@ -10,6 +10,10 @@ pub(crate) struct Plan {
     pub(crate) zaps: u64,
     pub(crate) teardowns: u64,
     pub(crate) slots: u64,
+    /// Splits and collapses, and steps of recovery.
+    pub(crate) sizes: u64,
+    /// Large leaves are not executable.
+    pub(crate) nx: bool,
     /// Table frames: not many, so that each is used again soon.
     pub(crate) table_frames: usize,
     /// What somebody does wrong on purpose.
@@ -21,6 +25,8 @@ pub(crate) struct Plan {
 pub(crate) enum Flaw {
     /// The host's flush returns at once.
     NoFlush,
+    /// The host's flush returns at once when tables gave way to large leaves, or were recovered.
+    NoFlushOfSizes,
     /// A vCPU does not flush its TLB when it is told to.
     VcpuKeepsTlb,
     /// The host gives pages away before the range is flushed.
@@ -34,6 +40,8 @@ pub(crate) const INVALIDATIONS: Plan = Plan {
     zaps: 0,
     teardowns: 0,
     slots: 0,
+    sizes: 0,
+    nx: false,
     table_frames: 160,
     flaw: None,
 };
@@ -55,6 +63,16 @@ pub(crate) const SLOTS: Plan = Plan {
     ..INVALIDATIONS
 };
 
+/// The host changes the sizes of leaves, and everything else now and then.
+pub(crate) const SIZES: Plan = Plan {
+    name: "sizes",
+    sizes: 12,
+    zaps: 1,
+    slots: 1,
+    invalidations: 3,
+    ..INVALIDATIONS
+};
+
 /// All of it, with too few frames.
 pub(crate) const EVERYTHING: Plan = Plan {
     name: "everything",
@@ -62,11 +80,18 @@ pub(crate) const EVERYTHING: Plan = Plan {
     zaps: 4,
     teardowns: 1,
     slots: 3,
+    sizes: 4,
+    nx: false,
     table_frames: 64,
     flaw: None,
 };
 
 impl Plan {
+    /// The same without executable large leaves.
+    pub(crate) const fn without_executable_large_leaves(self) -> Self {
+        Self { nx: true, ..self }
+    }
+
     pub(crate) const fn with(self, flaw: Flaw) -> Self {
         Self {
             flaw: Some(flaw),

@@ -83,6 +83,18 @@ fn the_copy_is_the_tree<F: Processor>() {
         rig.mmu.zap(OTHER, ALL).flush();
         rig.mmu.zap(SPACE, Gfn(0)..Gfn(512)).flush();
         let _ = vcpu.fault(small(3)).expect("there are frames");
+        // A large page is split ahead of time, and put together again.
+        let block = Gfn(3 << 9)..Gfn(4 << 9);
+        let _ = vcpu.fault(large(3 << 9)).expect("there are frames");
+        rig.mmu
+            .split(SPACE, block.clone(), Level::L1)
+            .expect("there are frames");
+        rig.mmu
+            .write_protect(SPACE, Gfn((3 << 9) + 7)..Gfn((3 << 9) + 8), Level::L1)
+            .flush();
+        let pending = rig.mmu.collapse(SPACE, block);
+        assert_eq!(pending.tables(), 1);
+        pending.flush();
         // A root goes with all below it, and there is another.
         rig.mmu.invalidate_roots().finish();
         vcpu.load_root().expect("a frame for the root");
@@ -100,11 +112,11 @@ fn the_copy_is_the_tree<F: Processor>() {
         ("set_spte", 15),
         ("get_page", 15),
         ("prepare_zap_page", 10),
-        ("split_huge_page", 1),
+        ("split_huge_page", 2),
         ("fast_page_fault", 3),
         ("mark_mmio", 1),
         ("zap_all_fast", 1),
-        ("sweep", 5),
+        ("sweep", 8),
     ] {
         assert!(
             events.count(name) >= least,

@@ -22,7 +22,7 @@ use crate::tlb::TlbTracker;
 use alloc::vec::Vec;
 use core::ops::Range;
 use tdp_arch::{Gpa, Level, PAGE_SIZE, Pfn};
-use tdp_rcu::sync::Mutex;
+use tdp_rcu::sync::{Mutex, Pause};
 
 /// Bytes that one MR.EXTEND measures.
 const CHUNK: u64 = 256;
@@ -111,6 +111,22 @@ fn done(answer: Answer) -> Result<(), Failure> {
     })
 }
 
+/// Makes a call until it is no longer busy, for a bounded time. The page that was added is measured already and cannot be
+/// added again, and one that is not measured to the end cannot stay: neither may be left to who makes the whole again.
+fn persist(call: impl Fn() -> Result<(), Failure>) -> Result<(), Failure> {
+    let mut pause = Pause::new();
+    loop {
+        match call() {
+            Err(Failure::Busy { .. } | Failure::Restart) if !pause.is_over() => pause.wait(),
+            // Not "again": the page would be added, and measured, twice.
+            Err(Failure::Busy { .. } | Failure::Restart) => {
+                return Err(Failure::Refused(Status::OperandBusy as u64));
+            }
+            done => return done,
+        }
+    }
+}
+
 impl ProtectedTable for TdxTable {
     fn capabilities(&self) -> Capabilities {
         Capabilities::none()
@@ -164,10 +180,10 @@ impl ProtectedTable for TdxTable {
                 let gpa = entry.place().gfn.address();
                 let chunks = if self.measure { PAGE_SIZE / CHUNK } else { 0 };
                 for n in 0..chunks {
-                    // Nothing else may run on the TD now, so that no lock is held; what fails is a mistake.
-                    if let Err(failure) = done(self.td.mr_extend(Gpa(gpa.0 + n * CHUNK))) {
+                    let chunk = Gpa(gpa.0 + n * CHUNK);
+                    if let Err(failure) = persist(|| done(self.td.mr_extend(chunk))) {
                         // Not finalised: it goes without block and ticket.
-                        let _ = self.td.mem_page_remove(info);
+                        let _ = persist(|| done(self.td.mem_page_remove(info)));
                         return Err(failure);
                     }
                 }

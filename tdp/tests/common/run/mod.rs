@@ -58,6 +58,7 @@ pub(crate) fn run<F: Processor>(setup: Setup, ops: &[Op]) {
         max_leaf,
         // Small, so that retiring drives reclamation in the middle of things.
         garbage_bound: 4,
+        eager_split: false,
         ..RigSetup::default()
     });
     let mut run = Run::new(&rig, setup, max_leaf);

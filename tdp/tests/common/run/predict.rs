@@ -73,6 +73,7 @@ impl<F: Processor> Run<'_, F> {
             Outcome::Spurious => &mut self.counts.spurious,
             Outcome::Mmio { .. } => &mut self.counts.mmio,
             Outcome::MemoryFault(_) => &mut self.counts.memory_faults,
+            Outcome::DirtyRingFull => panic!("there are no rings"),
             Outcome::Retry(reason) => {
                 let at = RetryReason::ALL.iter().position(|&r| r == reason);
                 &mut self.counts.retries[at.expect("every reason is listed")]
@@ -120,6 +121,13 @@ impl<F: Processor> Run<'_, F> {
         if read_only && fault.access.is_write() {
             return Outcome::Mmio { read_only: true };
         }
+        let logged = slot.flags.contains(SlotFlags::LOG_DIRTY);
+        if !fault.prefetch
+            && let Some(level) = self.tree(n).repair(gfn.0, fault.access, logged)
+        {
+            return Outcome::Fixed { level };
+        }
+        let slot = self.slot_at(space, gfn).expect("it was there");
         let lookup = match self.answer {
             Answer::Fixed(lookup) => Some(lookup),
             Answer::Blocking(_) if batch => Some(Lookup::Blocking),

@@ -1,6 +1,7 @@
 //! Slot operations of a run, and what becomes of the host's pages.
 
 use super::{FlatSlot, MOST_MOVED, MOST_SLOTS, Run, SLOT_BLOCK, SLOT_FRAMES, space_id};
+use crate::common::flat::{FlatLeaf, Zapped};
 use crate::common::host::Memory;
 use crate::common::ops::{Op, flags, level};
 use crate::common::processor::Processor;
@@ -72,8 +73,19 @@ impl<F: Processor> Run<'_, F> {
                     .set_flags(as_id, id, flags)
                     .expect("the slot is there");
                 let slot = &mut self.slots[at];
-                remapped = (slot.flags ^ flags).contains(SlotFlags::READ_ONLY);
+                let changed = slot.flags ^ flags;
+                remapped = changed.contains(SlotFlags::READ_ONLY);
                 slot.flags = flags;
+                if !remapped && changed.contains(SlotFlags::LOG_DIRTY) {
+                    if log_dirty {
+                        self.each_tree(space, |tree| {
+                            tree.write_protect(range);
+                            Zapped::default()
+                        });
+                    } else {
+                        self.adopt_collapsed(space, range);
+                    }
+                }
             }
             _ => {
                 slots.remove(as_id, id).expect("the slot is there");
@@ -91,6 +103,34 @@ impl<F: Processor> Run<'_, F> {
             self.each_tree(space, |tree| tree.zap_leaves(range));
         }
         range.start
+    }
+
+    /// A slot is no longer logged: what was split may be large again, and must translate as it did.
+    fn adopt_collapsed(&mut self, space: usize, range: GfnRange) {
+        let mut large = Vec::new();
+        self.rig.mmu.visit_leaves(space_id(space), range, |leaf| {
+            if leaf.level > Level::L1 {
+                large.push(leaf);
+            }
+        });
+        let mut roots = self.roots.values_mut();
+        let Some(root) = roots.find(|root| root.space == space && !root.obsolete) else {
+            return;
+        };
+        for leaf in large {
+            let flat = root.tree.leaves.get(&leaf.gfn.0);
+            if flat.is_none_or(|flat| flat.level != leaf.level) {
+                let flat = FlatLeaf {
+                    level: leaf.level,
+                    pfn: leaf.pfn.0,
+                    perms: leaf.perms,
+                    writable: false,
+                    accessed: leaf.spte.0 & F::ACCESSED != 0,
+                    dirty: leaf.spte.0 & F::DIRTY != 0,
+                };
+                root.tree.adopt_collapsed(range, leaf.gfn.0, flat);
+            }
+        }
     }
 
     fn insert_slot(&mut self, op: Op) -> Gfn {
