@@ -170,7 +170,10 @@ fn dirty_against_collapse_and_split() {
 fn processor_against_collapse() {
     explore("processor x collapse", Some(2), || {
         // Here the frame is freed as soon as it may be.
-        let (world, mut vcpu) = small_in(World::with_memory(TestHost::new().level(Level::L2)));
+        let (world, mut vcpu) = small_in(World::with_memory_below(
+            TestHost::new().level(Level::L2),
+            FIRST,
+        ));
         let mut processor = world.processor(&mut vcpu);
         let guest = thread::spawn(move || processor.touch(A));
         assert_eq!(collapse(&world.mmu), 1);
