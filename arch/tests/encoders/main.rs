@@ -12,7 +12,8 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed};
 use tdp_arch::walker::{GuestAccess, Permissions, Translation, WalkError, Walker};
 use tdp_arch::{
-    Access, AdBits, Decoded, Ept, Gfn, Gpa, Hpa, Level, MMIO_GENERATION_BITS, Npt, Perms, Pfn, Spte,
+    Access, AdBits, Decoded, Ept, Gfn, Gpa, Hpa, LeafAttrs, Level, MMIO_GENERATION_BITS, Npt,
+    Perms, Pfn, Spte,
 };
 use walker_support::{Memory, ROOT, table_of};
 
