@@ -18,6 +18,7 @@
 //! new policy, and what one that is late puts into an old one goes with it.
 
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
 use crate::mmu::{Mmu, Shared};
@@ -132,6 +133,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 for root in self.roots.of(as_id) {
                     let range = part.clone().into();
                     if left > 0 && !root.is_obsolete() {
+                        event::sweep("recover_nx", as_id, range);
                         self.recover_nx_in(&root, range, &mut left, &mut pending);
                     }
                 }

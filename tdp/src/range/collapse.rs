@@ -23,6 +23,7 @@
 
 use crate::attributes::Visibility;
 use crate::entry::{self, EntryRef};
+use crate::event;
 use crate::host::{AddressSpaceId, Host, Lookup, Mapping};
 use crate::iter::TdpIter;
 use crate::mmu::{Mmu, Shared};
@@ -49,6 +50,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         as_id: AddressSpaceId,
         range: GfnRange,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep("collapse", as_id, range);
         let mut pending = PendingFlush::new(self);
         let mut reader = self.domain.reader();
         for root in self.roots.of(as_id) {
@@ -252,11 +254,13 @@ impl<F: Format, H: Host> Shared<F, H> {
         let (true, Some(below)) = (F::is_mmu_present(now), level.below()) else {
             return;
         };
+        let site = entry.site();
         let page = table::page(self.host.frames(), F::pfn(now));
         let mut index = 0;
         while let Some(entry) = page.get(index) {
             let part = Pfn(pfn.0 + index as u64 * below.pages());
-            self.inherit(entry, below, part, harvest);
+            let site = site.below(level, F::pfn(now), index);
+            self.inherit(entry.at(site), below, part, harvest);
             index += 1;
         }
     }

@@ -9,6 +9,7 @@
 //! so one pass takes a leaf of 1 GiB down to 4 KiB. What is left of a batch goes back at the end.
 
 use crate::entry::{self, EntryRef, TABLE_ENTRIES};
+use crate::event;
 use crate::host::{AddressSpaceId, FrameSource, Host, OutOfFrames};
 use crate::iter::TdpIter;
 use crate::mmu::{Mmu, Shared};
@@ -110,6 +111,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         to: Level,
     ) -> Result<SplitReport, SplitStopped> {
+        event::sweep("split", as_id, range);
         let mut batch = Batch::new(self);
         let mut done = SplitReport {
             splits: 0,
