@@ -232,6 +232,21 @@ pub(crate) fn install_leaf<F: Format>(
     Ok(())
 }
 
+/// Exchanges `old`, a leaf of level 1 or an MMIO entry, for the empty pattern. The caller books the leaf. `Err` holds the
+/// value found instead.
+#[inline(always)]
+pub(crate) fn take_small<F: Format>(entry: EntryRef<'_>, old: Spte) -> Result<(), Spte> {
+    debug_assert!(
+        F::is_leaf(old, Level::L1) || F::mmio_entry(old).is_some(),
+        "{old:?} is nothing to take away"
+    );
+    // INV: volatile-atomic. Ordered as in `exchange`.
+    entry
+        .0
+        .compare_exchange(old, F::EMPTY, Ordering::AcqRel, Ordering::Acquire)
+        .map(drop)
+}
+
 /// Exchanges `old`, a leaf of `level`, for `new`, the same leaf with other permissions, accessed or dirty bits. `Err`
 /// holds the value found instead.
 #[inline(always)]
