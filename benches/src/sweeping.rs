@@ -216,7 +216,7 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
         let mmu = self.mmu();
         // A split that found no frame for a table has left the rest as it was, which is as good here.
         let _ = mmu.split(SPACE, gfns, Level::L1);
-        drop(mmu.collapse(SPACE, gfns).flush());
+        let _ = mmu.collapse(SPACE, gfns).flush();
         Ok(())
     }
 

@@ -41,6 +41,7 @@ mod confidential;
 mod dirty;
 mod dump;
 mod entry;
+mod event;
 mod fault;
 mod frozen;
 mod handoff;

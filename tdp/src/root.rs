@@ -24,6 +24,7 @@
 //! It mirrors a table that cannot be replaced, so it never becomes obsolete: it lives as long as the MMU.
 
 use crate::entry::TablePage;
+use crate::event;
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::table::{self, TableMeta, TableState};
 use alloc::sync::Arc;
@@ -197,6 +198,8 @@ impl<H: Host> RootSet<H> {
             return Ok((root, false));
         }
         *place = Some(new.clone());
+        drop(lists);
+        event::root_made(key.as_id, self.level, key.half == Half::Private);
         Ok((new, true))
     }
 

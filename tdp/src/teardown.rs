@@ -13,6 +13,7 @@
 //! longer than it must (INV: bounded-garbage); at last the root itself is sealed, which also harvests what late faults
 //! put there. The root stays on the list of dying roots until then: a sweep of the host finds what is left.
 
+use crate::event;
 use crate::host::Host;
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -53,6 +54,7 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
     pub(crate) fn begin(shared: &Arc<Shared<F, H>>) -> Self {
         let mut begun = Self::nothing(shared);
         begun.roots = shared.roots.invalidate();
+        event::zap_all_fast(begun.roots.len());
         let count = begun.roots.len() as i64;
         shared.shards.sweeps.add(Stat::RootsInvalidated, count);
         begun

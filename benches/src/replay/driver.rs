@@ -138,7 +138,9 @@ impl<F: Processor> Driver<F> {
             &Step::GiveUpRoot(as_id) => self.give_up_root(as_id)?,
             Step::Age { ranges, clears } => self.age(ranges, *clears)?,
             &Step::NxHugePages(on) => self.nx_huge_pages(on)?,
-            &Step::RecoverNx(count) => self.recover_nx(count)?,
+            &Step::RecoverNx { as_id, gfn, level } => {
+                self.recover_nx(as_id, gfn, level, expected)?;
+            }
             &Step::DirtyRing(entries) => self.settings.dirty_ring = entries,
             &Step::MarkDirty { as_id, slot, page } => self.mark_dirty(as_id, slot, page),
             Step::DirtyLog { seq, op } => self.dirty_log(*seq, op)?,

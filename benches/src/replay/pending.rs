@@ -6,7 +6,7 @@
 
 use super::expect::Space;
 use super::rules::Rule;
-use super::spte::Leaf;
+use super::spte::{self, Leaf};
 use super::step::{Answer, Code, Fault, Recorded};
 
 /// The host's answer as recorded: the level to map, and the host frame unless no slot covers the guest frame.
@@ -14,6 +14,22 @@ use super::step::{Answer, Code, Fault, Recorded};
 pub(super) struct Requested {
     pub level: u8,
     pub pfn: Option<u64>,
+}
+
+impl Requested {
+    /// The level at which the host has the page. KVM tells the level that it set out to map, and a fetch is mapped by the
+    /// smallest pages while large ones may not be executed: then it shows by the alignment of the frames, because
+    /// frames of different pages are rarely aligned alike.
+    fn host_level(&self, gfn: u64, withheld: bool) -> u8 {
+        let aligned = |&level: &u8| {
+            let pfn = self.pfn.unwrap_or_default();
+            (gfn ^ pfn) & (spte::pages(level) - 1) == 0
+        };
+        match [3, 2].iter().copied().find(aligned) {
+            Some(level) if withheld && self.level == 1 => level,
+            _ => self.level,
+        }
+    }
 }
 
 /// Whose tables a fault is about.
@@ -56,6 +72,10 @@ pub(super) struct Pending {
     pub requested: Option<Requested>,
     /// Another thread changed an entry on the way to the frame, or took frames back.
     pub overtaken: bool,
+    /// Large pages may not be executed.
+    pub withheld: bool,
+    /// It found the page mapped as wanted, before the trace shows by whom.
+    pub spurious: bool,
     /// It split this large leaf; what it did below has yet to show.
     pub split: Option<Leaf>,
     /// Its effect was seen.
@@ -97,12 +117,9 @@ impl Pending {
     /// The recorded answer of the host, which let the page be written if the leaf says so.
     fn answer(&self, leaf: Option<Leaf>) -> Answer {
         match self.requested {
-            Some(Requested {
-                level,
-                pfn: Some(pfn),
-            }) => Answer::Mapped {
+            Some(requested @ Requested { pfn: Some(pfn), .. }) => Answer::Mapped {
                 pfn,
-                level,
+                level: requested.host_level(self.gfn(), self.withheld && self.code.is_fetch()),
                 writable: leaf.is_none_or(|leaf| leaf.is_host_writable()),
             },
             // Never asked, so never answered; what the library needs not ask for must not matter.
@@ -241,6 +258,8 @@ mod tests {
             ahead: false,
             requested: None,
             overtaken: false,
+            withheld: false,
+            spurious: false,
             split: None,
             concluded: false,
         }

@@ -25,6 +25,8 @@ pub enum Rule {
     CollapseInPlace,
     /// The accessed and dirty bits of a leaf that was put together.
     CollapseKeepsUse,
+    /// Which of several tables that stand for fetches only is taken away first.
+    RecoveryOrder,
     /// What a root held that was given up for another one.
     OneRootPerSpace,
     /// Tables and faults of a nested guest.
@@ -33,7 +35,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::EmptyEntrySealed,
         Self::FrozenIsTransient,
         Self::MmioGoesWithItsTable,
@@ -41,6 +43,7 @@ impl Rule {
         Self::LargeLeafIsSplit,
         Self::CollapseInPlace,
         Self::CollapseKeepsUse,
+        Self::RecoveryOrder,
         Self::OneRootPerSpace,
         Self::NestedGuest,
     ];
@@ -73,6 +76,10 @@ impl Rule {
             Self::CollapseKeepsUse => {
                 "KVM makes a large leaf of the first small one, and forgets what the others say of their use; the \
                  library's is accessed or dirty if any of them was"
+            }
+            Self::RecoveryOrder => {
+                "KVM recovers tables in the order in which they were made; the library goes round by guest frame, and \
+                 keeps no list (the replay follows the record)"
             }
             Self::OneRootPerSpace => {
                 "KVM makes a root for every mode of a processor, and takes an unused one down whenever its last user lets \

@@ -285,8 +285,15 @@ pub enum Step {
     },
     /// Large pages may not be executed from now on, or may.
     NxHugePages(bool),
-    /// As many tables that stand for fetches only are taken away.
-    RecoverNx(usize),
+    /// The table at this place, which stands for fetches only, is taken away.
+    RecoverNx {
+        /// Address space.
+        as_id: u8,
+        /// First frame.
+        gfn: u64,
+        /// Level of the entry that leads to the table.
+        level: u8,
+    },
     /// Each vCPU has a dirty ring of this many entries.
     DirtyRing(u32),
     /// A page of a slot was written, and not by the guest.

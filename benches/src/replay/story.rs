@@ -63,8 +63,6 @@ struct Thread {
     /// Frames whose accessed bits the host asks for, and whether it clears them.
     age: Option<(Vec<SpaceRange>, bool)>,
     sweeps: BTreeSet<NotYet>,
-    /// Tables that it took away without a known reason.
-    recovered: usize,
     nested_paging: bool,
     left_nested: bool,
     /// It made a root for an address space that had one.
@@ -394,13 +392,8 @@ impl Story {
             self.execute_unmap(t, &mut unmap);
             self.verify_unmap(unmap);
         }
-        let thread = self.thread(t);
-        let removed = std::mem::take(&mut thread.removed);
-        let recovered = std::mem::take(&mut thread.recovered);
-        if recovered > 0 {
-            self.by(t);
-            self.steps.push(Step::RecoverNx(recovered));
-        } else if !removed.is_empty() {
+        let removed = std::mem::take(&mut self.thread(t).removed);
+        if !removed.is_empty() {
             if self.expected.maps_nothing() {
                 self.teardown(t, removed);
             } else {

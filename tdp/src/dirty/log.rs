@@ -4,6 +4,7 @@
 
 use crate::dirty::{DirtyBitmap, DirtyPage, DirtyRing, DirtyTracking};
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::{Mmu, Shared};
 use crate::range::leaves::{LeafStep, Marks, Verdict};
@@ -260,6 +261,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         let Some(marks) = Marks::new(start(0), marks) else {
             return;
         };
+        event::sweep("clear_dirty", as_id, marks.frames());
         for root in self.roots.of(as_id) {
             let by_bit = self.tracks_by_bit(&root);
             let mut visit = self.domain.visit();
@@ -272,6 +274,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Begins to log a slot that is published as logged already, once no fault is left that knew it otherwise.
     pub(crate) fn start_log(&self, slot: &Slot<H::Backing>) -> PendingFlush<'_, F, H> {
         let (as_id, range) = (slot.as_id(), slot.gfns());
+        event::sweep("start_log", as_id, range);
         let mut pending = PendingFlush::new(self);
         if !slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
             if self.eager_split {

@@ -7,6 +7,7 @@
 //! fault may fill the hole again while all that goes on.
 
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -35,6 +36,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         scope: ZapScope,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep(
+            match scope {
+                ZapScope::Leaves => "zap_leaves",
+                ZapScope::Tables => "zap",
+            },
+            as_id,
+            range,
+        );
         let mut pending = PendingFlush::new(self);
         for root in self.roots.of(as_id) {
             self.zap_in_root(&root, range, scope, &mut pending);
@@ -143,6 +152,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Seals everything below a root and the root itself, without flushing.
     pub(crate) fn seal_root(&self, root: &Root<H>, pending: &mut PendingFlush<'_, F, H>) {
         let tally = &self.shards.sweeps;
+        Unlinked::of(&self.meta, root.pfn, root.limit()).was_root();
         seal_entries::<F, H>(self, root.pfn, root.level, tally, pending);
         self.meta.set_state(root.pfn, TableState::Sealed);
         pending.note(
@@ -217,12 +227,13 @@ fn seal_entries<F: Format, H: Host>(
 ) -> Harvest {
     let page = table::page(shared.host.frames(), pfn);
     let place = shared.meta.place(pfn);
+    let was = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
     let mut harvest = Harvest::default();
     // Booked once for the table: the counters of sweeps are shared.
     let mut leaves = 0;
     let mut index = 0;
     while let Some(entry) = page.get(index) {
-        let old = EntryRef::seal::<F>(entry);
+        let old = entry.at(was.entry(index)).seal::<F>(level);
         if F::is_leaf(old, level) {
             if let Some(place) = place {
                 let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());

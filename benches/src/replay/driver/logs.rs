@@ -8,13 +8,16 @@
 use super::observe::{Doing, everything};
 use super::{Driver, Stop, space};
 use crate::replay::entry::{Entry, Transition};
+use crate::replay::expect::Expected;
 use crate::replay::findings::Difference;
 use crate::replay::ledger::Key;
 use crate::replay::processor::Processor;
+use crate::replay::rules::Rule;
 use crate::replay::scenario::{Op, PageRange};
 use crate::replay::spte;
 use crate::replay::step::{Answer, Operation};
 use crate::replay::trace::SpaceRange;
+use std::cmp::Reverse;
 use tdp::{DirtyPage, Level, SlotId};
 
 /// Pages per word of a bitmap.
@@ -247,13 +250,36 @@ impl<F: Processor> Driver<F> {
         Ok(())
     }
 
-    /// Tables that stand for fetches only are taken away.
-    pub(super) fn recover_nx(&mut self, count: usize) -> Result<(), Stop> {
+    /// A table that stands for fetches only is taken away. Which one of several the library takes first is its own
+    /// affair: if it is another one, that one is put back, and the record followed.
+    pub(super) fn recover_nx(
+        &mut self,
+        as_id: u8,
+        gfn: u64,
+        level: u8,
+        expected: &Expected,
+    ) -> Result<(), Stop> {
         self.machine()?;
-        self.observed(&everything(), Doing::Library, |driver| {
-            driver.machine()?.mmu.recover_nx(count).flush();
-            Ok(())
-        })?;
+        let before = self.view(&everything());
+        self.machine()?.mmu.recover_nx(1).flush();
+        let after = self.view(&everything());
+        let block = |as_id: u8, gfn: u64, level: u8| SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + spte::pages(level),
+        };
+        let taken = before.iter().find(|&(at, (_, entry))| {
+            *entry == Entry::Table && after.get(at).is_none_or(|now| now.1 != Entry::Table)
+        });
+        match taken {
+            Some((&(space, first, Reverse(at)), _))
+                if (space, first, at) != (as_id, gfn, level) =>
+            {
+                self.copy(&block(space, first, at), expected)?;
+                self.follow(Rule::RecoveryOrder, &block(as_id, gfn, level), expected)?;
+            }
+            _ => self.enter_changes(&before, &after, Doing::Library),
+        }
         self.findings.operation(Operation::RecoverNx, true);
         Ok(())
     }

@@ -67,7 +67,7 @@ impl<F: Processor> Driver<F> {
         Ok(result)
     }
 
-    fn enter_changes(&mut self, before: &View, after: &View, doing: Doing) {
+    pub(super) fn enter_changes(&mut self, before: &View, after: &View, doing: Doing) {
         // Where the last table that went away ends, in its address space, and its level.
         let mut unlinked: Option<(u8, u64, u8)> = None;
         let keys: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();

@@ -78,7 +78,8 @@ impl Story {
             } else if from == Kind::Table && self.is_unlogging(t, as_id, start) {
                 self.follow(Rule::CollapseInPlace, as_id, start, level);
             } else if from == Kind::Table && self.is_recovering(t) {
-                self.thread(t).recovered += 1;
+                let gfn = start;
+                self.steps.push(Step::RecoverNx { as_id, gfn, level });
             } else if from != Kind::Mmio {
                 self.removed(
                     t,
