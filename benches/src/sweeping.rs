@@ -104,6 +104,16 @@ pub trait Sweeping: Contender {
     /// If the sweep is refused.
     fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error>;
 
+    /// Splits the large leaves of `gfns` and collapses what can be; nothing for a contender that has neither.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn resize(&self, gfns: GfnRange) -> Result<(), Error> {
+        let _ = gfns;
+        Ok(())
+    }
+
     /// Leaves of `gfns` to which a sweep would do something.
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64;
 
@@ -185,6 +195,14 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
         Ok(())
     }
 
+    fn resize(&self, gfns: GfnRange) -> Result<(), Error> {
+        let mmu = self.mmu();
+        // A split that found no frame for a table has left the rest as it was, which is as good here.
+        let _ = mmu.split(SPACE, gfns, Level::L1);
+        let _ = mmu.collapse(SPACE, gfns).flush();
+        Ok(())
+    }
+
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
         let mut left = 0;
         self.mmu().visit_leaves(SPACE, gfns, |leaf| {
@@ -223,5 +241,62 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                 limit: self.mmu().host().frames_limit(),
             }),
         })
+    }
+}
+
+/// vCPUs that access memory of a contender as their processors do: walk, and fault where a walk ends in one.
+#[derive(Debug)]
+pub struct Touching<'c, C: Sweeping> {
+    /// Whose memory.
+    pub contender: &'c C,
+    /// The processor.
+    pub walker: &'c <C::Format as Walked>::Walker,
+    /// What they do.
+    pub access: Access,
+}
+
+/// Why an access never succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{access:?} at {gfn} never got through")]
+pub struct NeverThrough {
+    /// The frame.
+    pub gfn: Gfn,
+    /// What was tried.
+    pub access: Access,
+}
+
+impl<C: Sweeping> Contender for Touching<'_, C> {
+    type Worker = C::Worker;
+    type Failure = Error;
+
+    fn worker(&self) -> Result<C::Worker, Error> {
+        self.contender.worker()
+    }
+
+    fn resolve(&self, worker: &mut C::Worker, gfn: Gfn) -> Result<(), Error> {
+        for _ in 0..RETRIES {
+            let access = guest_access(self.access);
+            match self.contender.access(self.walker, gfn.address(), access) {
+                Ok(_) => return Ok(()),
+                Err(WalkError::Fault(fault)) => {
+                    let told = C::Format::raw_code(fault);
+                    let access = told.map_or(self.access, |raw| C::Format::fault_code(raw).access);
+                    self.contender
+                        .fault(worker, gfn, access)
+                        .map_err(Into::into)?;
+                }
+                Err(WalkError::Abort(_)) => break,
+            }
+        }
+        let access = self.access;
+        Err(Error::run("access", NeverThrough { gfn, access }))
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn translate(&self, gfn: Gfn) -> Option<crate::race::Translation> {
+        self.contender.translate(gfn)
     }
 }

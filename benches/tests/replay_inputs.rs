@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use tdp::Npt;
 use tdp_bench::replay::findings::Findings;
-use tdp_bench::replay::step::{NotYet, Recorded};
+use tdp_bench::replay::rules::Rule;
+use tdp_bench::replay::step::{Operation, Recorded};
 use tdp_bench::replay::{replay, source};
 
 /// A folder of this test's own.
@@ -306,15 +307,23 @@ fn a_difference_is_told_and_fails_the_run() {
     let output = bench(&path, &["--json", "-"]);
     assert_eq!(output.status.code(), Some(1));
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // The fault, and the entry that it made.
     assert_eq!(
         (&json["scenario"], &json["unexplained"]),
-        (&"replay".into(), &1.into())
+        (&"replay".into(), &2.into())
     );
+    let faults = &json["faults"];
     assert_eq!(
-        (&json["faults"], &json["matched"]),
-        (&28.into(), &27.into())
+        (&faults["total"], &faults["matched"], &faults["unexplained"]),
+        (&28.into(), &27.into(), &1.into())
     );
-    let difference = &json["scenarios"][0]["differences"][0];
+    let found = &json["scenarios"][0];
+    assert_eq!(
+        (&json["transitions"], &json["matched"]),
+        (&36.into(), &35.into())
+    );
+    assert_eq!(found["transitions"]["unexplained"], 1);
+    let difference = &found["differences"][0];
     assert_eq!(
         (
             &difference["gfn"],
@@ -439,7 +448,10 @@ fn a_root_may_be_given_up_for_a_new_one() {
         "{:?}",
         found.differences
     );
-    assert_eq!(found.operations_not_yet.get(&NotYet::RootChange), Some(&1));
+    let changes = found.operations_by_kind.get(&Operation::RootChange);
+    assert_eq!(changes.map(|tally| tally.matched), Some(1));
+    let rule = found.transitions.by_rule.get(&Rule::OneRootPerSpace);
+    assert_eq!(rule, Some(&2));
     // Without the new root, the second fault maps what is mapped.
     let events = [&[BEGIN, END, ROOT], &fault[..], &fault[..]].concat();
     assert!(run(&made("no_root_change", SLOT, &events)).unexplained > 0);
@@ -462,10 +474,12 @@ fn a_nested_guest_is_not_taken_for_its_hypervisor() {
     .concat();
     let found = run(&made("nested", SLOT, &events));
     assert_eq!(
-        (found.matched, found.not_yet, found.unexplained),
-        (1, 1, 0),
+        (found.faults, found.matched, found.unexplained),
+        (2, 1, 0),
         "{:?}",
         found.differences
     );
-    assert_eq!(found.faults_not_yet.get(&NotYet::Nested), Some(&1));
+    assert_eq!(found.faults_by_rule.get(&Rule::NestedGuest), Some(&1));
+    let rule = found.transitions.by_rule.get(&Rule::NestedGuest);
+    assert_eq!(rule, Some(&4));
 }

@@ -96,7 +96,7 @@ pub use pool::{MmapPool, PoolConfig, PoolError};
 pub use prefault::Prefaulted;
 pub use protected::ProtectedTable;
 pub use range::{
-    Absorb, Audit, ConvertError, Folded, Leaf, Progress, RemovalError, Removed, SplitReport,
+    Absorb, Audit, ConvertError, Entry, Folded, Leaf, Progress, RemovalError, Removed, SplitReport,
     SplitStopped, Steps,
 };
 pub use root::LoadedRoot;

@@ -7,7 +7,7 @@ use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFr
 use crate::invalidate::{Invalidation, Invalidations};
 use crate::nx::NxHugePages;
 use crate::protected::{HandOffCause, ProtectedTable};
-use crate::range::{Audit, Leaf};
+use crate::range::{Audit, Entry, Leaf};
 use crate::range_zap::{ZapScope, free_tree};
 use crate::reclaim::Retired;
 use crate::root::{Half, Root, RootKey, RootSet};
@@ -527,6 +527,18 @@ impl<F: Format, H: Host> Mmu<F, H> {
     ) {
         self.shared
             .visit_leaves(as_id, Half::Private, range.into(), see);
+    }
+
+    /// Calls `see` for every entry of the current root of an address space that is not empty and covers a frame of
+    /// `range`, in order, each table before what it holds. For a range of one frame, these are the steps of a walk. The
+    /// MMU may change meanwhile.
+    pub fn visit_entries(
+        &self,
+        as_id: AddressSpaceId,
+        range: impl Into<GfnRange>,
+        see: impl FnMut(Entry),
+    ) {
+        self.shared.visit_entries(as_id, range.into(), see);
     }
 
     /// The leaf of the shared half that maps `gfn` now.

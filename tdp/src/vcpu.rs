@@ -181,7 +181,8 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     }
 
     /// Maps `gfn` as `mapping` says, for `access`, whatever the memory slots say: the bare operation below
-    /// [`fault`](Vcpu::fault), for embedders that keep their own books. The leaf's level is at most `mapping.level`,
+    /// [`fault`](Vcpu::fault), for embedders that keep their own books. Of a confidential guest it maps shared memory only.
+    /// The leaf's level is at most `mapping.level`,
     /// and less where guest and host frame are not aligned alike.
     ///
     /// # Errors
@@ -399,7 +400,8 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
 impl<F: Format, H: Host> VcpuCore<F, H> {
     #[inline(always)]
     fn map_checked(&mut self, gfn: Gfn, mapping: Mapping, access: Access) -> Fast {
-        if gfn >= self.ctx.root.limit() {
+        // What half a frame belongs to is looked up on the slow path.
+        if gfn >= self.ctx.root.limit() || self.ctx.private_root.is_some() {
             return Fast::GaveUp;
         }
         self.map_fast(gfn, mapping, mapping.level, access, false)
@@ -407,7 +409,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 
     fn map(
         &mut self,
-        _section: &Section<'_>,
+        section: &Section<'_>,
         gfn: Gfn,
         mapping: Mapping,
         access: Access,
@@ -422,7 +424,19 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if self.ctx.root.is_obsolete() {
             return self.ctx.retry(RetryReason::RootObsolete);
         }
-        self.install_mapping(fault, mapping.level, mapping, mapping.perms, false, None)
+        let (mut goal, mut invalidated) = (mapping.level, None);
+        if self.ctx.private_root.is_some() {
+            // A conversion holds faults back by a window: one half at a time maps a frame.
+            invalidated = self.ctx.shared.invalidations.now(section);
+            if self.ctx.is_among(invalidated, gfn, Level::L1) {
+                return self.ctx.retry(RetryReason::Invalidation);
+            }
+            if self.ctx.is_private(gfn) {
+                return self.ctx.memory_fault(MemoryFault::IsPrivate);
+            }
+            goal = self.ctx.uniform_level(gfn, goal);
+        }
+        self.install_mapping(fault, goal, mapping, mapping.perms, false, invalidated)
     }
 
     /// Makes sure that one fault finds enough tables: asks the frame source; where it has none, or where more waits for

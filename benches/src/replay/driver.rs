@@ -8,21 +8,30 @@
 use super::expect::{Expected, Space};
 use super::findings::{Difference, Findings};
 use super::host::TraceHost;
+use super::ledger::{Class, Episode, Ledger};
 use super::processor::{PHYSICAL_BITS, Processor};
-use super::scenario::Region;
-use super::spte::Leaf;
-use super::step::{Fault, GuestAccess, Meets, NotYet, Operation, Recorded, SlotChange, Step};
+use super::scenario::{Region, Scenario};
+use super::spte::{self, Leaf};
+use super::step::{
+    Answer, Fault, GuestAccess, Meets, NotYet, Operation, Recorded, SlotChange, Step,
+};
 use super::trace::{ADDRESS_SPACES, SpaceRange};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use tdp::{
-    Access, AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mapping, Mmu,
-    MmuError, Outcome, Perms, Pfn, Slot, SlotError, SlotFlags, SlotId, TableMemory, TlbVcpu, Vcpu,
+    AddressSpaceId, FaultCode, Gfn, GfnRange, Gpa, Host, Level, LoadedRoot, Mmu, MmuError, Outcome,
+    Slot, SlotError, SlotFlags, SlotId, SlotRemoval, TableMemory, TlbVcpu, Vcpu,
 };
 use tdp_arch::cpu::SoftwareVcpu;
 use tdp_arch::walker::WalkError;
 
 mod compare;
+mod copy;
+mod logs;
+mod observe;
+mod sweeps;
+
+use observe::{Doing, everything};
 
 /// What stops a replay.
 pub type Stop = Box<dyn std::error::Error + Send + Sync>;
@@ -46,13 +55,27 @@ struct Machine<F: Processor> {
     mmu: Mmu<F, TraceHost>,
 }
 
+/// How KVM and its VM were set up.
+#[derive(Clone, Copy)]
+struct Settings {
+    mmio_caching: bool,
+    eager_split: bool,
+    slots_take_roots: bool,
+    nx_huge_pages: bool,
+    dirty_ring: u32,
+}
+
 /// See the module.
 pub struct Driver<F: Processor> {
     machine: Option<Machine<F>>,
     root: Level,
-    mmio_caching: bool,
+    settings: Settings,
     slots: BTreeMap<(u8, u32), Region>,
     left: Vec<Arc<OnceLock<usize>>>,
+    ledger: Ledger,
+    /// Whose doing the next step is, and the last position in the trace that a step told.
+    episode: Episode,
+    seq: u64,
     findings: Findings,
 }
 
@@ -62,14 +85,24 @@ fn space(as_id: u8) -> AddressSpaceId {
 
 impl<F: Processor> Driver<F> {
     /// A driver with nothing mapped; `findings` names the scenario.
-    pub fn new(mmio_caching: bool, findings: Findings) -> Self {
+    pub fn new(scenario: &Scenario, findings: Findings) -> Self {
+        let settings = Settings {
+            mmio_caching: scenario.mmio_caching,
+            eager_split: scenario.eager_split,
+            slots_take_roots: scenario.slots_take_roots,
+            nx_huge_pages: scenario.nx_huge_pages,
+            dirty_ring: 0,
+        };
         let (root, slots, left) = (Level::L4, BTreeMap::new(), Vec::new());
         Self {
             machine: None,
             root,
-            mmio_caching,
+            settings,
             slots,
             left,
+            ledger: Ledger::default(),
+            episode: 0,
+            seq: 0,
             findings,
         }
     }
@@ -82,14 +115,41 @@ impl<F: Processor> Driver<F> {
     pub fn execute(&mut self, step: &Step, expected: &Expected) -> Result<(), Stop> {
         match step {
             &Step::Root(level) => self.set_root(level, expected)?,
-            Step::Slot { seq, change } => self.slot(*seq, change)?,
-            Step::InvalidateRoots => self.machine()?.mmu.invalidate_roots().finish(),
-            Step::Invalidate(ranges) => self.invalidate(ranges)?,
+            &Step::Slot { seq, change, roots } => {
+                if roots {
+                    let view = self.view(&everything());
+                    self.slot(seq, &change)?;
+                    if !self.settings.slots_take_roots {
+                        self.machine()?.mmu.invalidate_roots().finish();
+                    }
+                    self.enter_removal(&view);
+                } else {
+                    let ranges = self.reach_of_slot(&change);
+                    self.observed(&ranges, Doing::Library, |driver| driver.slot(seq, &change))?;
+                }
+            }
+            Step::InvalidateRoots => self.invalidate_roots()?,
+            Step::Invalidate(ranges) => {
+                self.observed(ranges, Doing::Library, |driver| driver.invalidate(ranges))?;
+            }
             Step::Access(access) => self.access(access)?,
             Step::Fault(fault) => self.fault(fault, expected)?,
-            &Step::NotYetFault { reason, ahead, .. } => self.findings.fault_not_yet(reason, ahead),
+            &Step::OutsideFault(rule) => self.findings.fault_outside(rule),
+            &Step::GiveUpRoot(as_id) => self.give_up_root(as_id)?,
+            Step::Age { ranges, clears } => self.age(ranges, *clears)?,
+            &Step::NxHugePages(on) => self.nx_huge_pages(on)?,
+            &Step::RecoverNx { as_id, gfn, level } => {
+                self.recover_nx(as_id, gfn, level, expected)?;
+            }
+            &Step::DirtyRing(entries) => self.settings.dirty_ring = entries,
+            &Step::MarkDirty { as_id, slot, page } => self.mark_dirty(as_id, slot, page),
+            Step::DirtyLog { seq, op } => self.dirty_log(*seq, op)?,
+            &Step::Sweep { as_id, gfn, level } => self.sweep(as_id, gfn, level)?,
+            Step::Collapse(range) => self.collapse(range)?,
+            &Step::TrackWrites { as_id, gfn } => self.track_writes(as_id, gfn)?,
             &Step::NotYetOperation(reason) => self.not_yet(reason),
             Step::Sync(range) => self.sync(range, expected)?,
+            Step::Follow(rule, range) => self.follow(*rule, range, expected)?,
             Step::Verify {
                 seq,
                 operation,
@@ -100,6 +160,22 @@ impl<F: Processor> Driver<F> {
             }
             &Step::Compare { seq } => self.compare(seq, expected)?,
             Step::Teardown { seq, leaves } => self.teardown(*seq, leaves)?,
+            &Step::Recorded {
+                seq,
+                key,
+                transition,
+            } => {
+                self.seq = seq;
+                let tally = &mut self.findings.transitions;
+                self.ledger
+                    .recorded(tally, self.episode, seq, key, transition);
+            }
+            &Step::Explained(rule) => {
+                self.findings.transitions.total += 1;
+                self.findings.transitions.explained(rule, 1);
+            }
+            &Step::By(episode) => self.episode = episode,
+            &Step::Settle(episode, class) => self.settle(episode, class),
             &Step::Contradiction { seq, contradiction } => {
                 self.findings.differs((seq, contradiction).into())
             }
@@ -107,8 +183,18 @@ impl<F: Processor> Driver<F> {
         Ok(())
     }
 
+    fn settle(&mut self, episode: Episode, class: Class) {
+        let tally = &mut self.findings.transitions;
+        for difference in self.ledger.settle(tally, episode, class) {
+            self.findings.differs(difference);
+        }
+    }
+
     /// Drops everything and tells what was found.
     pub fn finish(mut self) -> Findings {
+        for episode in self.ledger.episodes() {
+            self.settle(episode, Class::Compared);
+        }
         if let Some(machine) = self.machine.take() {
             let peak = machine.mmu.host().frames().peak();
             self.findings.peak_frames = self.findings.peak_frames.max(peak as u64);
@@ -133,7 +219,15 @@ impl<F: Processor> Driver<F> {
                 .levels(self.root)
                 .address_spaces(ADDRESS_SPACES)
                 .physical_bits(PHYSICAL_BITS)
-                .mmio_caching(self.mmio_caching)
+                .mmio_caching(self.settings.mmio_caching)
+                .eager_split(self.settings.eager_split)
+                .slot_removal(if self.settings.slots_take_roots {
+                    SlotRemoval::InvalidateRoots
+                } else {
+                    SlotRemoval::Zap
+                })
+                .nx_huge_pages(self.settings.nx_huge_pages)
+                .dirty_ring(self.settings.dirty_ring)
                 .build()?;
             for region in self.slots.values() {
                 mmu.slots().insert(slot_of(region))?;
@@ -221,6 +315,21 @@ impl<F: Processor> Driver<F> {
         Ok(())
     }
 
+    /// What a change of slots can change.
+    fn reach_of_slot(&self, change: &SlotChange) -> Vec<SpaceRange> {
+        let (SlotChange::Insert(region)
+        | SlotChange::Remove(region)
+        | SlotChange::Move(region)
+        | SlotChange::Flags(region)) = change;
+        let old = self.slots.get(&(region.as_id, region.slot));
+        let range = |region: &Region| SpaceRange {
+            as_id: region.as_id,
+            start: region.gfn,
+            end: region.gfn + region.pages,
+        };
+        old.map(range).into_iter().collect()
+    }
+
     fn invalidate(&mut self, ranges: &[SpaceRange]) -> Result<(), Stop> {
         for range in ranges {
             let gfns = self.gfns(range);
@@ -236,27 +345,11 @@ impl<F: Processor> Driver<F> {
         self.findings.operation_not_yet(Operation::Sweep, reason);
     }
 
-    /// Copies a range from the record.
-    fn sync(&mut self, range: &SpaceRange, expected: &Expected) -> Result<(), Stop> {
-        let gfns = self.gfns(range);
-        let Machine { hand, mmu, .. } = self.machine()?;
-        mmu.zap(space(range.as_id), gfns).flush();
-        hand.set_address_space(space(range.as_id))?;
-        for leaf in expected.leaves(Space::normal(range.as_id), range.start, range.end) {
-            let mut perms = if leaf.is_executable() {
-                Perms::RX
-            } else {
-                Perms::READ
-            };
-            perms.set(Perms::WRITE, leaf.is_writable());
-            let level = Level::from_number(leaf.level).unwrap_or(Level::L1);
-            // Whether it came out as recorded shows when it is compared.
-            let _outcome = hand.map(
-                Gfn(leaf.gfn),
-                Mapping::memory(Pfn(leaf.pfn()), level, perms),
-                Access::Read,
-            )?;
-        }
+    /// All roots become obsolete and are taken down.
+    fn invalidate_roots(&mut self) -> Result<(), Stop> {
+        let view = self.view(&everything());
+        self.machine()?.mmu.invalidate_roots().finish();
+        self.enter_removal(&view);
         Ok(())
     }
 
@@ -348,9 +441,8 @@ impl<F: Processor> Driver<F> {
 
     fn fault(&mut self, fault: &Fault, expected: &Expected) -> Result<(), Stop> {
         let gfn = fault.gpa >> 12;
-        let (cpu, mmu) = self.cpu(fault.vcpu)?;
+        let (cpu, _) = self.cpu(fault.vcpu)?;
         cpu.load(space(fault.as_id))?;
-        mmu.host().prepare(Some((gfn, fault.answer)));
         let asked = match cpu.reported.take() {
             Some(code) if !fault.ahead => tdp::Fault::from_code(code, Gpa(fault.gpa)),
             _ => tdp::Fault {
@@ -358,9 +450,14 @@ impl<F: Processor> Driver<F> {
                 ..tdp::Fault::new(Gpa(fault.gpa), fault.code.access())
             },
         };
-        let outcome = cpu.vcpu.fault(asked);
-        mmu.host().prepare(None);
-        let outcome = outcome?;
+        let ranges = [self.reach_of(fault, expected)];
+        let outcome = self.observed(&ranges, Doing::Library, |driver| {
+            let (cpu, mmu) = driver.cpu(fault.vcpu)?;
+            mmu.host().prepare(Some((gfn, fault.answer)));
+            let outcome = cpu.vcpu.fault(asked);
+            mmu.host().prepare(None);
+            Ok(outcome?)
+        })?;
 
         let leaf = expected.leaf_at(Space::normal(fault.as_id), gfn);
         let as_recorded = match (fault.recorded, outcome) {
@@ -370,7 +467,7 @@ impl<F: Processor> Driver<F> {
             (Recorded::Unchanged, Outcome::Spurious)
             | (Recorded::Retried, Outcome::Retry(_) | Outcome::Spurious)
             | (Recorded::Mmio, Outcome::Mmio { .. })
-            | (Recorded::Failed, Outcome::MemoryFault(_)) => true,
+            | (Recorded::Failed | Recorded::Tracked, Outcome::MemoryFault(_)) => true,
             _ => false,
         };
         if !as_recorded {
@@ -393,6 +490,29 @@ impl<F: Processor> Driver<F> {
             self.repair(fault.as_id, gfn, leaf, expected)?;
         }
         Ok(())
+    }
+
+    /// What a fault can change: the path to its frame, and the whole of a large page that is made or split.
+    fn reach_of(&self, fault: &Fault, expected: &Expected) -> SpaceRange {
+        let gfn = fault.gpa >> 12;
+        let answered = match fault.answer {
+            Answer::Mapped { level, .. } => level,
+            _ => 1,
+        };
+        let found = expected
+            .leaf_at(Space::normal(fault.as_id), gfn)
+            .map_or(1, |leaf| leaf.level);
+        let present = self.machine.as_ref().and_then(|machine| {
+            let leaf = machine.mmu.translate(space(fault.as_id), Gfn(gfn))?;
+            Some(leaf.level.number())
+        });
+        let level = answered.max(found).max(present.unwrap_or(1));
+        let start = spte::align(gfn, level);
+        SpaceRange {
+            as_id: fault.as_id,
+            start,
+            end: start + spte::pages(level),
+        }
     }
 
     /// Whether the access, made again, meets the page, or the MMIO entry that was recorded.
@@ -477,5 +597,7 @@ fn flags_of(region: &Region) -> SlotFlags {
     let mut flags = SlotFlags::empty();
     flags.set(SlotFlags::READ_ONLY, region.read_only);
     flags.set(SlotFlags::LOG_DIRTY, region.log_dirty);
+    flags.set(SlotFlags::LOG_MANUAL, region.log_manual);
+    flags.set(SlotFlags::LOG_INITIALLY_SET, region.log_initially_set);
     flags
 }

@@ -14,6 +14,8 @@ use std::fmt;
 #[cfg(test)]
 mod tests;
 
+/// A thread that no trace has: it owns roots that were given up for others.
+pub const NOBODY: u32 = u32::MAX;
 /// Bit of a [`Space`] that stands for the root of a nested guest without nested paging of its own.
 const NESTED: u8 = 0x80;
 
@@ -128,8 +130,13 @@ pub enum Place {
     Live(Space),
     /// Below a table or root that is being taken down.
     Detached,
+    /// Below a root that was given up for another one.
+    GivenUp,
     /// Nowhere: nothing became nothing.
-    Nowhere,
+    Nowhere {
+        /// In a table that is being taken down.
+        unlinked: bool,
+    },
 }
 
 /// What an applied change was.
@@ -155,11 +162,23 @@ struct Detached {
     entries: HashMap<(u8, u64), u64>,
 }
 
+/// A table or tree that is on its way out.
+#[derive(Clone, Copy, Debug)]
+struct Unlinked {
+    owner: u32,
+    as_id: u8,
+    start: u64,
+    end: u64,
+    /// Of the entry that led to it.
+    level: u8,
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Expected {
     live: BTreeMap<Key, u64>,
     detached: Vec<Detached>,
+    unlinked: Vec<Unlinked>,
     /// Level of the root tables; 0 while none is known.
     root_level: u8,
     /// Whether huge pages may not be executed.
@@ -208,11 +227,22 @@ impl Expected {
         if to == Kind::Unknown || (to == Kind::Leaf && change.level > 3) {
             return Err(contradiction(change, Wrong::Unknown(change.new)));
         }
-        if is_gone(to) && self.remove_detached(thread, change) {
-            return applied(Place::Detached);
+        if is_gone(to)
+            && let Some(owner) = self.remove_detached(thread, change)
+        {
+            return applied(if owner == NOBODY {
+                Place::GivenUp
+            } else {
+                Place::Detached
+            });
         }
         if is_gone(from) && is_gone(to) {
-            return applied(Place::Nowhere);
+            let unlinked = self.unlinked.iter().any(|unlinked| {
+                unlinked.as_id == change.as_id
+                    && (unlinked.start..unlinked.end).contains(&change.gfn)
+                    && unlinked.level > change.level
+            });
+            return applied(Place::Nowhere { unlinked });
         }
         let own = if nested {
             Space::nested(change.as_id)
@@ -251,8 +281,8 @@ impl Expected {
         }
     }
 
-    /// Removes the entry from what is detached. A thread looks at what it took down itself first.
-    fn remove_detached(&mut self, thread: u32, change: &Change) -> bool {
+    /// Removes the entry from what is detached, and tells who took that down. A thread looks at what it took down itself first.
+    fn remove_detached(&mut self, thread: u32, change: &Change) -> Option<u32> {
         let holds = |d: &Detached| {
             d.as_id == change.as_id
                 && d.entries
@@ -263,13 +293,10 @@ impl Expected {
             .detached
             .iter()
             .position(|d| d.owner == thread && holds(d));
-        let Some(index) = own.or_else(|| self.detached.iter().position(holds)) else {
-            return false;
-        };
-        if let Some(detached) = self.detached.get_mut(index) {
-            detached.entries.remove(&(change.level, change.gfn));
-        }
-        true
+        let index = own.or_else(|| self.detached.iter().position(holds))?;
+        let detached = self.detached.get_mut(index)?;
+        detached.entries.remove(&(change.level, change.gfn));
+        Some(detached.owner)
     }
 
     fn has_parent(&self, space: Space, change: &Change) -> bool {
@@ -314,6 +341,13 @@ impl Expected {
 
     /// Detaches everything below the table at `gfn` and `level`.
     fn detach(&mut self, owner: u32, space: Space, gfn: u64, level: u8) {
+        self.unlinked.push(Unlinked {
+            owner,
+            as_id: space.as_id(),
+            start: gfn,
+            end: gfn.saturating_add(pages(level)),
+            level,
+        });
         let below: Vec<Key> = self
             .live
             .range((space, gfn, 0)..(space, gfn.saturating_add(pages(level)), 0))
@@ -345,6 +379,13 @@ impl Expected {
 
     /// One root becomes obsolete; `owner` takes it down.
     pub fn detach_tree(&mut self, owner: u32, space: Space) {
+        self.unlinked.push(Unlinked {
+            owner,
+            as_id: space.as_id(),
+            start: 0,
+            end: u64::MAX,
+            level: u8::MAX,
+        });
         let entries: HashMap<(u8, u64), u64> = self
             .live
             .extract_if((space, 0, 0)..=(space, u64::MAX, u8::MAX), |_, _| true)
@@ -367,6 +408,7 @@ impl Expected {
 
     /// `thread` is done with what it took down: whatever is left of it should not be.
     pub fn finish_detached(&mut self, thread: u32) -> Vec<Contradiction> {
+        self.unlinked.retain(|unlinked| unlinked.owner != thread);
         let mut left = Vec::new();
         self.detached.retain(|detached| {
             if detached.owner != thread {
@@ -444,6 +486,35 @@ impl Expected {
             .filter(|&(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
             .map(|(&(_, gfn, level), &spte)| Leaf { gfn, level, spte });
         over_start.into_iter().chain(inside)
+    }
+
+    /// Every entry that covers a frame of `[start, end)`, tables before what they hold: first frame, level, value.
+    pub fn entries_over(
+        &self,
+        space: Space,
+        start: u64,
+        end: u64,
+    ) -> impl Iterator<Item = (u64, u8, u64)> {
+        let over = (1..=5).rev().filter_map(move |level| {
+            let first = spte::align(start, level);
+            let spte = *self.live.get(&(space, first, level))?;
+            (first < start && start < end).then_some((first, level, spte))
+        });
+        let mut inside: Vec<(u64, u8, u64)> = self
+            .live
+            .range((space, start, 0)..(space, end.max(start), 0))
+            .map(|(&(_, gfn, level), &spte)| (gfn, level, spte))
+            .collect();
+        inside.sort_by_key(|&(gfn, level, _)| (gfn, std::cmp::Reverse(level)));
+        over.chain(inside)
+    }
+
+    /// Whether the table below the entry at `gfn` and `level` holds anything.
+    pub fn has_below(&self, as_id: u8, gfn: u64, level: u8) -> bool {
+        let space = Space::normal(as_id);
+        self.live
+            .range((space, gfn, 0)..(space, gfn.saturating_add(pages(level)), 0))
+            .any(|(&(_, _, below), _)| below < level)
     }
 
     /// All leaves of a tree, in order.

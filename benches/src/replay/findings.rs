@@ -6,6 +6,7 @@
 //! as well.
 
 use super::expect::Contradiction;
+use super::rules::Rule;
 use super::spte::Leaf;
 use super::step::{NotYet, Operation, Recorded};
 use serde::Serialize;
@@ -25,6 +26,8 @@ pub struct Tally {
     pub matched: u64,
     /// Of no meaning before the library has the sweep that it belongs to.
     pub not_yet: u64,
+    /// Explained by a rule.
+    pub by_rule: u64,
     /// Otherwise.
     pub unexplained: u64,
 }
@@ -44,7 +47,37 @@ impl Tally {
         self.total += other.total;
         self.matched += other.matched;
         self.not_yet += other.not_yet;
+        self.by_rule += other.by_rule;
         self.unexplained += other.unexplained;
+    }
+}
+
+/// Changes of entries, one by one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Transitions {
+    /// Recorded, those that follow from a split included.
+    pub total: u64,
+    /// The library made the same change in the same operation.
+    pub matched: u64,
+    /// Differences that are meant, by rule.
+    pub by_rule: BTreeMap<Rule, u64>,
+    /// Those that belong to an operation that the library does not have yet, by which.
+    pub not_yet: BTreeMap<NotYet, u64>,
+    /// Whatever else differs, recorded changes and the library's own alike.
+    pub unexplained: u64,
+}
+
+impl Transitions {
+    /// Counts differences that a rule explains.
+    pub fn explained(&mut self, rule: Rule, count: u64) {
+        *self.by_rule.entry(rule).or_default() += count;
+    }
+
+    /// Counts changes that the library cannot make yet.
+    pub fn put_off(&mut self, reason: NotYet, count: u64) {
+        if count > 0 {
+            *self.not_yet.entry(reason).or_default() += count;
+        }
     }
 }
 
@@ -209,28 +242,38 @@ pub struct Findings {
     pub levels: u8,
     /// Events read.
     pub events: u64,
-    /// Guest page faults replayed: matched, not yet and unexplained together.
+    /// Guest page faults replayed.
     pub faults: u64,
     /// Faults that went as recorded.
     pub matched: u64,
-    /// Faults that belong to a sweep.
-    pub not_yet: u64,
     /// Everything that differs: faults, operations, what was mapped, the trace itself.
     pub unexplained: u64,
     /// Faults by how they went.
     pub faults_by_outcome: BTreeMap<Recorded, Tally>,
-    /// Faults that belong to a sweep, by which.
-    pub faults_not_yet: BTreeMap<NotYet, u64>,
+    /// Faults that a rule puts outside of the library, by rule.
+    pub faults_by_rule: BTreeMap<Rule, u64>,
     /// Operations on the MMU.
     pub operations: Tally,
     /// The same by kind.
     pub operations_by_kind: BTreeMap<Operation, Tally>,
     /// Operations that belong to a sweep, by which.
     pub operations_not_yet: BTreeMap<NotYet, u64>,
+    /// Changes of entries.
+    pub transitions: Transitions,
     /// Guest accesses made on software vCPUs.
     pub accesses: u64,
+    /// Entries that a fault had changed between the library's sweep and KVM's, where the library swept again.
+    pub swept_again: u64,
     /// Times that everything mapped was compared.
     pub comparisons: u64,
+    /// Times that tables, MMIO entries and permissions were compared as well.
+    pub full_comparisons: u64,
+    /// Accessed bits that the record shows to have been set, or not, and that were made so before pages were aged.
+    pub accessed_bits_set: u64,
+    /// See above.
+    pub accessed_bits_cleared: u64,
+    /// Entries that were compared then, in all.
+    pub entries_compared: u64,
     /// Leaves that were compared, in all.
     pub leaves_compared: u64,
     /// Most table frames in use at a time.
@@ -288,14 +331,10 @@ impl Findings {
             .count(matched);
     }
 
-    /// Counts a fault, or what was mapped ahead, that belongs to a sweep.
-    pub fn fault_not_yet(&mut self, reason: NotYet, ahead: bool) {
-        if ahead {
-            return self.operation_not_yet(Operation::PreFault, reason);
-        }
+    /// Counts a fault that is no business of the library's.
+    pub fn fault_outside(&mut self, rule: Rule) {
         self.faults += 1;
-        self.not_yet += 1;
-        *self.faults_not_yet.entry(reason).or_default() += 1;
+        *self.faults_by_rule.entry(rule).or_default() += 1;
     }
 
     /// Counts an operation that was compared.
@@ -324,14 +363,20 @@ impl Findings {
 /// The JSON.
 #[derive(Debug, Default, Serialize)]
 pub struct Summary {
-    /// Guest page faults replayed.
-    pub faults: u64,
-    /// Those that went as recorded.
+    /// Recorded changes of entries, those that follow from a split included.
+    pub transitions: u64,
+    /// Those that the library made as well, in the same operation.
     pub matched: u64,
-    /// Those that belong to a sweep that the library does not have yet.
+    /// Differences that are meant, by rule.
+    pub by_rule: BTreeMap<Rule, u64>,
+    /// Changes that belong to operations that the library does not have yet.
     pub not_yet: u64,
-    /// Everything that differs.
+    /// The same by operation.
+    pub not_yet_by_reason: BTreeMap<NotYet, u64>,
+    /// Everything else that differs: changes, faults, operations, what was mapped, the recordings themselves.
     pub unexplained: u64,
+    /// Guest page faults.
+    pub faults: Tally,
     /// Operations on the MMU.
     pub operations: Tally,
     /// Table frames that were not given back.
@@ -343,10 +388,26 @@ pub struct Summary {
 impl Summary {
     /// Adds what one replay found.
     pub fn add(&mut self, findings: Findings) {
-        self.faults += findings.faults;
-        self.matched += findings.matched;
-        self.not_yet += findings.not_yet;
+        let changes = &findings.transitions;
+        self.transitions += changes.total;
+        self.matched += changes.matched;
+        self.not_yet += changes.not_yet.values().sum::<u64>();
+        for (&rule, &count) in &changes.by_rule {
+            *self.by_rule.entry(rule).or_default() += count;
+        }
+        for (&reason, &count) in &changes.not_yet {
+            *self.not_yet_by_reason.entry(reason).or_default() += count;
+        }
         self.unexplained += findings.unexplained;
+        for tally in findings.faults_by_outcome.values() {
+            self.faults.add(tally);
+        }
+        let by_rule: u64 = findings.faults_by_rule.values().sum();
+        self.faults.add(&Tally {
+            total: by_rule,
+            by_rule,
+            ..Tally::default()
+        });
         self.operations.add(&findings.operations);
         self.leaked_frames += findings.leaked_frames;
         self.scenarios.push(findings);

@@ -91,6 +91,11 @@ impl Host for TraceHost {
     fn flush(&self, request: &FlushRequest) {
         self.inner.flush(request);
     }
+
+    /// The replay's vCPUs load their root before every access and flush what they cached under another.
+    fn reload_roots(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for TraceHost {

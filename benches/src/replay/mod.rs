@@ -23,11 +23,14 @@ use std::time::Instant;
 use tdp::{Ept, Npt};
 
 pub mod driver;
+pub mod entry;
 pub mod expect;
 pub mod findings;
 pub mod host;
+pub mod ledger;
 mod pending;
 pub mod processor;
+pub mod rules;
 pub mod scenario;
 pub mod source;
 pub mod spte;
@@ -134,7 +137,7 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
         format: F::NAME.to_owned(),
         ..Findings::default()
     };
-    let mut driver = Driver::<F>::new(scenario.mmio_caching, findings);
+    let mut driver = Driver::<F>::new(&scenario, findings);
     let mut story = Story::new(scenario);
     let start = Instant::now();
     let (mut events, mut faults, mut cut) = (0, 0, false);
@@ -176,10 +179,12 @@ pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings,
 fn show(output: &Output, summary: &Summary) {
     let header = [
         "scenario",
-        "faults",
+        "transitions",
         "matched",
+        "by rule",
         "not yet",
         "unexplained",
+        "faults",
         "operations",
         "not yet",
         "leaked",
@@ -187,11 +192,14 @@ fn show(output: &Output, summary: &Summary) {
     ];
     let rows = summary.scenarios.iter().map(|found| {
         let name = found.label();
+        let changes = &found.transitions;
         let figures = [
-            found.faults,
-            found.matched,
-            found.not_yet,
+            changes.total,
+            changes.matched,
+            changes.by_rule.values().sum(),
+            changes.not_yet.values().sum(),
             found.unexplained,
+            found.faults,
             found.operations.total,
             found.operations.not_yet,
             found.leaked_frames,
@@ -201,15 +209,24 @@ fn show(output: &Output, summary: &Summary) {
     });
     output.table(&header, rows);
     let Summary {
-        faults,
+        transitions,
         matched,
+        by_rule,
         not_yet,
+        not_yet_by_reason,
         unexplained,
         ..
     } = summary;
     output.say(format_args!(
-        "{faults} faults: {matched} matched, {not_yet} not yet; {unexplained} unexplained"
+        "{transitions} transitions: {matched} matched, {} by rule, {not_yet} not yet; {unexplained} unexplained",
+        by_rule.values().sum::<u64>()
     ));
+    for (rule, count) in by_rule {
+        output.say(format_args!("rule {rule:?} ({count}): {}", rule.reason()));
+    }
+    for (reason, count) in not_yet_by_reason {
+        output.say(format_args!("not yet: {reason:?} ({count})"));
+    }
     let differences = summary
         .scenarios
         .iter()

@@ -5,14 +5,31 @@
 //! interleave, so what others do to the same frame meanwhile is remembered: it explains a fault that was overtaken.
 
 use super::expect::Space;
-use super::spte::Leaf;
-use super::step::{Answer, Code, Fault, NotYet, Recorded};
+use super::rules::Rule;
+use super::spte::{self, Leaf};
+use super::step::{Answer, Code, Fault, Recorded};
 
 /// The host's answer as recorded: the level to map, and the host frame unless no slot covers the guest frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Requested {
     pub level: u8,
     pub pfn: Option<u64>,
+}
+
+impl Requested {
+    /// The level at which the host has the page. KVM tells the level that it set out to map, and a fetch is mapped by the
+    /// smallest pages while large ones may not be executed: then it shows by the alignment of the frames, because
+    /// frames of different pages are rarely aligned alike.
+    fn host_level(&self, gfn: u64, withheld: bool) -> u8 {
+        let aligned = |&level: &u8| {
+            let pfn = self.pfn.unwrap_or_default();
+            (gfn ^ pfn) & (spte::pages(level) - 1) == 0
+        };
+        match [3, 2].iter().copied().find(aligned) {
+            Some(level) if withheld && self.level == 1 => level,
+            _ => self.level,
+        }
+    }
 }
 
 /// Whose tables a fault is about.
@@ -39,7 +56,7 @@ pub(super) enum End {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Conclusion {
     Compare(Answer, Recorded),
-    NotYet(NotYet),
+    Outside(Rule),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +72,12 @@ pub(super) struct Pending {
     pub requested: Option<Requested>,
     /// Another thread changed an entry on the way to the frame, or took frames back.
     pub overtaken: bool,
+    /// Large pages may not be executed.
+    pub withheld: bool,
+    /// It found the page mapped as wanted, before the trace shows by whom.
+    pub spurious: bool,
+    /// It split this large leaf; what it did below has yet to show.
+    pub split: Option<Leaf>,
     /// Its effect was seen.
     pub concluded: bool,
 }
@@ -94,47 +117,14 @@ impl Pending {
     /// The recorded answer of the host, which let the page be written if the leaf says so.
     fn answer(&self, leaf: Option<Leaf>) -> Answer {
         match self.requested {
-            Some(Requested {
-                level,
-                pfn: Some(pfn),
-            }) => Answer::Mapped {
+            Some(requested @ Requested { pfn: Some(pfn), .. }) => Answer::Mapped {
                 pfn,
-                level,
+                level: requested.host_level(self.gfn(), self.withheld && self.code.is_fetch()),
                 writable: leaf.is_none_or(|leaf| leaf.is_host_writable()),
             },
-            // Never asked, so never answered; the library must not ask either.
+            // Never asked, so never answered; what the library needs not ask for must not matter.
             _ => Answer::Failed,
         }
-    }
-
-    /// Whether the fault is about something that only a sweep brings about. `before` and `after` are the leaf over the
-    /// frame before and after it.
-    fn not_yet(
-        &self,
-        before: Option<Leaf>,
-        after: Option<Leaf>,
-        nx_huge_pages: bool,
-    ) -> Option<NotYet> {
-        if self.guest != Guest::Ordinary {
-            return Some(NotYet::Nested);
-        }
-        for leaf in [before, after].into_iter().flatten() {
-            if self.code.is_write() && !leaf.is_writable() && leaf.is_host_writable() {
-                return Some(if leaf.is_mmu_writable() {
-                    NotYet::DirtyLogging
-                } else {
-                    NotYet::Nested
-                });
-            }
-            if self.code.is_fetch() && !leaf.is_executable() {
-                return Some(NotYet::NxHugePages);
-            }
-        }
-        // The recorded level is what was asked for; the walk may stop at a table that stands for a forbidden huge page.
-        let lower = after
-            .zip(self.requested)
-            .is_some_and(|(leaf, requested)| leaf.level < requested.level);
-        (nx_huge_pages && lower).then_some(NotYet::NxHugePages)
     }
 
     /// What to make of it when an entry over the frame changed. `mmio` says that it is an MMIO entry now.
@@ -143,12 +133,11 @@ impl Pending {
         before: Option<Leaf>,
         after: Option<Leaf>,
         mmio: bool,
-        nx_huge_pages: bool,
     ) -> Conclusion {
-        if let Some(reason) = self.not_yet(before, after, nx_huge_pages) {
-            return Conclusion::NotYet(reason);
+        if self.guest != Guest::Ordinary {
+            return Conclusion::Outside(Rule::NestedGuest);
         }
-        let answer = self.answer(after);
+        let mut answer = self.answer(after);
         let shows = |leaf: Leaf| {
             (
                 leaf.gfn,
@@ -163,6 +152,14 @@ impl Pending {
             (before, after) if before == after => Recorded::Unchanged,
             _ => Recorded::Mapped,
         };
+        if let (Recorded::Unchanged, Answer::Failed, Some(leaf)) = (recorded, answer, after) {
+            // Found as wanted before the host was asked; the library asks first.
+            answer = Answer::Mapped {
+                pfn: leaf.pfn() + (self.gfn() - leaf.gfn),
+                level: leaf.level,
+                writable: leaf.is_host_writable(),
+            };
+        }
         Conclusion::Compare(answer, recorded)
     }
 
@@ -184,10 +181,18 @@ impl Pending {
         leaf: Option<Leaf>,
         mmio: bool,
         read_only: bool,
-        nx_huge_pages: bool,
     ) -> Conclusion {
-        if let Some(reason) = self.not_yet(leaf, leaf, nx_huge_pages) {
-            return Conclusion::NotYet(reason);
+        if self.guest != Guest::Ordinary {
+            return Conclusion::Outside(Rule::NestedGuest);
+        }
+        if let Some(leaf) = leaf.filter(|leaf| self.code.is_write() && leaf.is_tracked()) {
+            let pfn = leaf.pfn() + (self.gfn() - leaf.gfn);
+            let answer = Answer::Mapped {
+                pfn,
+                level: leaf.level,
+                writable: false,
+            };
+            return Conclusion::Compare(answer, Recorded::Tracked);
         }
         let passes = leaf.is_some_and(|leaf| self.ahead || self.code.passes(&leaf));
         let (answer, recorded) = match self.requested {
@@ -242,12 +247,6 @@ mod tests {
         level: 1,
         spte: 0x7a65,
     };
-    const NX_HUGE: Leaf = Leaf {
-        gfn: 0,
-        level: 2,
-        spte: 0x8000_0001_89e0_0ee7,
-    };
-
     fn write(present: bool) -> Pending {
         Pending {
             seq: 0,
@@ -259,6 +258,9 @@ mod tests {
             ahead: false,
             requested: None,
             overtaken: false,
+            withheld: false,
+            spurious: false,
+            split: None,
             concluded: false,
         }
     }
@@ -274,7 +276,7 @@ mod tests {
     }
 
     fn end(pending: &Pending, leaf: Option<Leaf>) -> Conclusion {
-        pending.no_effect(End::Went, leaf, false, false, false)
+        pending.no_effect(End::Went, leaf, false, false)
     }
 
     #[test]
@@ -286,7 +288,7 @@ mod tests {
         };
         let fault = asked(write(false));
         assert_eq!(
-            fault.effect(None, Some(WRITABLE), false, false),
+            fault.effect(None, Some(WRITABLE), false),
             Conclusion::Compare(mapped, Recorded::Mapped)
         );
         let read = Pending {
@@ -299,7 +301,7 @@ mod tests {
             writable: false,
         };
         assert_eq!(
-            read.effect(None, Some(READ_ONLY), false, false),
+            read.effect(None, Some(READ_ONLY), false),
             Conclusion::Compare(mapped, Recorded::Mapped)
         );
         // Only the dirty bit changed: nothing that a guest could see.
@@ -313,51 +315,45 @@ mod tests {
             ..WRITABLE
         };
         assert!(matches!(
-            prefault.effect(Some(WRITABLE), Some(again), false, false),
+            prefault.effect(Some(WRITABLE), Some(again), false),
             Conclusion::Compare(_, Recorded::Unchanged)
         ));
     }
 
     #[test]
-    fn what_rests_on_a_sweep_is_not_compared() {
+    fn what_sweeps_took_is_given_back_without_asking() {
         let fault = write(true);
         assert_eq!(
-            fault.effect(Some(PROTECTED), Some(WRITABLE), false, false),
-            Conclusion::NotYet(NotYet::DirtyLogging)
+            fault.effect(Some(PROTECTED), Some(WRITABLE), false),
+            Conclusion::Compare(Answer::Failed, Recorded::Mapped)
         );
+        let found = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: true,
+        };
+        assert_eq!(
+            fault.effect(Some(WRITABLE), Some(WRITABLE), false),
+            Conclusion::Compare(found, Recorded::Unchanged)
+        );
+        let tracked = Answer::Mapped {
+            pfn: 7,
+            level: 1,
+            writable: false,
+        };
         assert_eq!(
             end(&fault, Some(TRACKED)),
-            Conclusion::NotYet(NotYet::Nested)
+            Conclusion::Compare(tracked, Recorded::Tracked)
         );
-        let fetch = Pending {
-            code: Code(1 << 32 | 0x15),
-            ..fault
-        };
-        assert_eq!(
-            fetch.effect(Some(NX_HUGE), Some(WRITABLE), false, true),
-            Conclusion::NotYet(NotYet::NxHugePages)
-        );
-        let asked_huge = Pending {
-            requested: Some(Requested {
-                level: 2,
-                pfn: Some(7),
-            }),
-            ..write(false)
-        };
-        assert_eq!(
-            asked_huge.effect(None, Some(WRITABLE), false, true),
-            Conclusion::NotYet(NotYet::NxHugePages)
-        );
-        // Without the policy, a lower level than asked for is a difference like any other.
-        assert!(matches!(
-            asked_huge.effect(None, Some(WRITABLE), false, false),
-            Conclusion::Compare(..)
-        ));
+    }
+
+    #[test]
+    fn a_nested_guest_is_no_business_of_the_librarys() {
         let shadow = Pending {
             guest: Guest::Shadow,
             ..write(false)
         };
-        assert_eq!(end(&shadow, None), Conclusion::NotYet(NotYet::Nested));
+        assert_eq!(end(&shadow, None), Conclusion::Outside(Rule::NestedGuest));
     }
 
     #[test]
@@ -407,14 +403,14 @@ mod tests {
             Conclusion::Compare(Answer::Failed, Recorded::Mmio)
         );
         let fault = write(true);
-        let to_rom = fault.no_effect(End::Went, Some(READ_ONLY), false, true, false);
+        let to_rom = fault.no_effect(End::Went, Some(READ_ONLY), false, true);
         let asked_anyway = Answer::Mapped {
             pfn: 7,
             level: 1,
             writable: false,
         };
         assert_eq!(to_rom, Conclusion::Compare(asked_anyway, Recorded::Mmio));
-        let failed = write(false).no_effect(End::Error, None, false, false, false);
+        let failed = write(false).no_effect(End::Error, None, false, false);
         assert_eq!(
             failed,
             Conclusion::Compare(Answer::Failed, Recorded::Failed)
@@ -427,7 +423,7 @@ mod tests {
             ..write(false)
         };
         assert_eq!(
-            hole.effect(None, None, true, false),
+            hole.effect(None, None, true),
             Conclusion::Compare(Answer::Failed, Recorded::Mmio)
         );
     }

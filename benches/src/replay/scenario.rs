@@ -20,7 +20,14 @@ pub struct Region {
     pub read_only: bool,
     /// Writes are logged.
     pub log_dirty: bool,
+    /// Marks stay until they are cleared by a call of their own.
+    pub log_manual: bool,
+    /// The log begins with every page marked.
+    pub log_initially_set: bool,
 }
+
+/// Pages of a slot: the first and the last.
+pub type PageRange = (u64, u64);
 
 /// What an operation does to the MMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,8 +39,37 @@ pub enum Op {
         /// For this vCPU.
         vcpu: u32,
     },
-    /// The dirty log is read, cleared or collected.
-    DirtyLog,
+    /// The dirty log of a slot is read.
+    GetDirtyLog {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// The pages that were reported, if that was recorded.
+        pages: Option<Vec<PageRange>>,
+    },
+    /// Marks of a slot's dirty log are cleared.
+    ClearDirtyLog {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// First page that the call is about, and how many.
+        first: u64,
+        /// See above.
+        count: u64,
+        /// The pages among them whose marks were taken, if not all were asked for.
+        pages: Option<Vec<PageRange>>,
+    },
+    /// The dirty rings are harvested and reset.
+    ResetDirtyRings {
+        /// The pages that were harvested, if that was recorded: slot and page.
+        pages: Option<Vec<(u32, u64)>>,
+    },
+    /// Marks of the dirty log stay until they are cleared (bit 0), and the log begins full (bit 1).
+    ManualDirtyLog(u64),
+    /// Each vCPU has a dirty ring of this many bytes.
+    DirtyRing(u64),
     /// KVM's `nx_huge_pages` is turned on or off.
     NxHugePages(bool),
     /// Nothing that a replay must do itself: its effects on the MMU are events of the trace.
@@ -49,6 +85,10 @@ pub struct Scenario {
     pub nx_huge_pages: bool,
     /// Whether KVM kept MMIO entries.
     pub mmio_caching: bool,
+    /// Whether KVM split large pages when a log was switched on.
+    pub eager_split: bool,
+    /// Whether deleting or moving a slot made all roots obsolete.
+    pub slots_take_roots: bool,
     ops: HashMap<u32, Op>,
 }
 
@@ -74,6 +114,8 @@ impl Scenario {
         Ok(Self {
             nx_huge_pages: param("nx_huge_pages").is_some_and(is_on),
             mmio_caching: param("mmio_caching").is_none_or(is_on),
+            eager_split: param("eager_page_split").is_none_or(is_on),
+            slots_take_roots: !raw.ops.iter().any(RawOp::keeps_roots),
             name: raw.name,
             ops,
         })
@@ -122,7 +164,11 @@ impl RawOp {
             "KVM_PRE_FAULT_MEMORY" => Op::PreFault {
                 vcpu: self.number("vcpu", u64::from(MAX_VCPUS))? as u32,
             },
-            "get_dirty_log" | "clear_dirty_log" | "dirty_ring_collect_and_reset" => Op::DirtyLog,
+            _ if self.failed() => Op::Other,
+            "get_dirty_log" => self.get_dirty_log()?,
+            "clear_dirty_log" => self.clear_dirty_log()?,
+            "dirty_ring_collect_and_reset" => self.reset_dirty_rings()?,
+            "enable_cap" => self.enable_cap(),
             "module_param" if self.text("name") == Some("nx_huge_pages") => {
                 Op::NxHugePages(self.text("value").is_some_and(is_on))
             }
@@ -160,7 +206,111 @@ impl RawOp {
             pages: size >> 12,
             read_only: flags.iter().any(|f| f == "READONLY"),
             log_dirty: flags.iter().any(|f| f == "LOG_DIRTY_PAGES"),
+            log_manual: false,
+            log_initially_set: false,
         })
+    }
+
+    /// Which slot a call on a dirty log is about: its address space may stand in the upper half of its number.
+    fn logged_slot(&self) -> Result<(u8, u32), String> {
+        let slot = self.number("slot", u64::from(ADDRESS_SPACES) << 16)?;
+        let as_id = match self.fields.contains_key("as_id") {
+            true => self.number("as_id", u64::from(ADDRESS_SPACES))?,
+            false => slot >> 16,
+        };
+        Ok((as_id as u8, slot as u32 & 0xffff))
+    }
+
+    fn get_dirty_log(&self) -> Result<Op, String> {
+        let (as_id, slot) = self.logged_slot()?;
+        let pages = self.page_ranges("dirty_page_ranges_in_slot")?;
+        Ok(Op::GetDirtyLog { as_id, slot, pages })
+    }
+
+    fn clear_dirty_log(&self) -> Result<Op, String> {
+        let (as_id, slot) = self.logged_slot()?;
+        let first = self.number("first_page", MAX_FRAME)?;
+        let count = self.number("num_pages", MAX_FRAME)?;
+        let taken = self.page_ranges("cleared_page_ranges_in_slot")?;
+        // A call without a bitmap of its own was seen by its effect only.
+        let pages = match self.text("bitmap") {
+            Some("all ones") => None,
+            _ => Some(taken.unwrap_or_default()),
+        };
+        Ok(Op::ClearDirtyLog {
+            as_id,
+            slot,
+            first,
+            count,
+            pages,
+        })
+    }
+
+    fn reset_dirty_rings(&self) -> Result<Op, String> {
+        let harvested = self.fields.get("result").and_then(|r| r.get("harvested"));
+        let Some(harvested) = harvested.and_then(Value::as_array) else {
+            return Ok(Op::ResetDirtyRings { pages: None });
+        };
+        let page = |entry: &Value| {
+            let number = |name| entry.get(name).and_then(Value::as_u64);
+            let slot = number("slot").and_then(|slot| u32::try_from(slot).ok())?;
+            Some((slot, number("offset")?))
+        };
+        let pages: Option<Vec<_>> = harvested.iter().map(page).collect();
+        let pages = pages.ok_or("a harvested page without slot or offset")?;
+        Ok(Op::ResetDirtyRings { pages: Some(pages) })
+    }
+
+    fn page_ranges(&self, field: &str) -> Result<Option<Vec<PageRange>>, String> {
+        let found = self.fields.get("result").and_then(|r| r.get(field));
+        let Some(found) = found.and_then(Value::as_array) else {
+            return Ok(None);
+        };
+        let mut ranges = Vec::with_capacity(found.len());
+        for range in found {
+            let bound = |n| range.get(n).and_then(Value::as_u64);
+            let (first, last) = bound(0)
+                .zip(bound(1))
+                .ok_or_else(|| format!("{field}: not a range"))?;
+            let last = within(last, field, MAX_FRAME)?;
+            ranges.push((within(first, field, last + 1)?, last));
+        }
+        Ok(Some(ranges))
+    }
+
+    /// The capabilities that change what the MMU does, by their numbers in Linux' `kvm.h` or by their names.
+    fn enable_cap(&self) -> Op {
+        match (self.cap(), self.argument()) {
+            (168, bits) => Op::ManualDirtyLog(bits),
+            (192 | 223, bytes) => Op::DirtyRing(bytes),
+            _ => Op::Other,
+        }
+    }
+
+    fn cap(&self) -> u64 {
+        match self.text("cap") {
+            Some("KVM_CAP_DISABLE_QUIRKS") => 116,
+            Some("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2") => 168,
+            Some("KVM_CAP_DIRTY_LOG_RING") => 192,
+            Some("KVM_CAP_DISABLE_QUIRKS2") => 213,
+            Some("KVM_CAP_DIRTY_LOG_RING_ACQ_REL") => 223,
+            _ => self.fields.get("cap").and_then(Value::as_u64).unwrap_or(0),
+        }
+    }
+
+    fn argument(&self) -> u64 {
+        self.fields
+            .get("arg0")
+            .and_then(|value| Hex::deserialize(value).ok())
+            .map_or(0, |Hex(value)| value)
+    }
+
+    /// Whether the VMM disabled the habit of making all roots obsolete with a slot.
+    fn keeps_roots(&self) -> bool {
+        const SLOT_ZAP_ALL: u64 = 1 << 7;
+        self.op == "enable_cap"
+            && matches!(self.cap(), 116 | 213)
+            && self.argument() & SLOT_ZAP_ALL != 0
     }
 
     fn text(&self, field: &str) -> Option<&str> {
@@ -222,6 +372,8 @@ mod tests {
             pages: 8,
             read_only: true,
             log_dirty: false,
+            log_manual: false,
+            log_initially_set: false,
         };
         assert_eq!(scenario.op(0), Some(&Op::SetRegion(region)));
         assert_eq!(scenario.op(1), Some(&Op::Other));

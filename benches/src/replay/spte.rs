@@ -4,10 +4,13 @@
 //! that a mistake in one does not hide in the other.
 
 /// Accessed and dirty: the processor sets them behind KVM's back, so they are left out of every comparison.
-pub const ACCESSED_DIRTY: u64 = 0x60;
+pub const ACCESSED_DIRTY: u64 = ACCESSED | DIRTY;
 
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
+/// Accessed.
+pub const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const HOST_WRITABLE: u64 = 1 << 9;
 const MMU_WRITABLE: u64 = 1 << 10;
@@ -90,6 +93,16 @@ impl Leaf {
         self.spte & NO_EXECUTE == 0
     }
 
+    /// Whether the page has been accessed, as the processor tells it.
+    pub fn is_accessed(&self) -> bool {
+        self.spte & ACCESSED != 0
+    }
+
+    /// Whether the page has been written, as the processor tells it.
+    pub fn is_dirty(&self) -> bool {
+        self.spte & DIRTY != 0
+    }
+
     /// Whether the host lets the page be written.
     pub fn is_host_writable(&self) -> bool {
         self.spte & HOST_WRITABLE != 0
@@ -98,6 +111,11 @@ impl Leaf {
     /// Whether KVM may let the guest write again without asking: write-protected only to see the next write.
     pub fn is_mmu_writable(&self) -> bool {
         self.spte & MMU_WRITABLE != 0
+    }
+
+    /// Whether no write may pass without asking the host, although it would let the page be written.
+    pub fn is_tracked(&self) -> bool {
+        self.is_host_writable() && !self.is_mmu_writable() && !self.is_writable()
     }
 
     /// The `index`-th (0 to 511) of the leaves that a split of this one makes. KVM makes the leaves of level 1

@@ -1,8 +1,11 @@
 //! What a replay does with the library, step by step: what [`Story`](super::story::Story) makes of a trace, and what
 //! [`Driver`](super::driver::Driver) executes and checks.
 
+use super::entry::Transition;
 use super::expect::Contradiction;
-use super::scenario::Region;
+use super::ledger::{Class, Episode, Key};
+use super::rules::Rule;
+use super::scenario::{Op, Region};
 use super::spte::Leaf;
 use super::trace::SpaceRange;
 use serde::Serialize;
@@ -136,6 +139,8 @@ pub enum Recorded {
     Mmio,
     /// There was no page; user space was told.
     Failed,
+    /// A write to a page whose writes are tracked: it was emulated.
+    Tracked,
 }
 
 /// A fault to resolve.
@@ -163,24 +168,12 @@ pub struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NotYet {
-    /// Write protection for the dirty log, its repair, and splits because of it.
-    DirtyLogging,
-    /// Accessed bits read and cleared.
-    Aging,
-    /// Huge pages that may not be executed.
-    NxHugePages,
-    /// Nested guests: write tracking of their tables, shadow pages.
-    Nested,
-    /// Huge pages put together again in place.
-    Collapse,
-    /// Huge pages split ahead of need.
-    EagerSplit,
-    /// Entries removed for a reason that the trace does not tell: recovery of huge pages, mostly.
-    Recovery,
-    /// A root given up for a new one of the same address space.
-    RootChange,
+    /// Entries removed for a reason that the trace does not tell.
+    Removal,
     /// Another change that no fault made.
     OtherSweep,
+    /// Copied from the record together with something that could not be compared.
+    Copied,
 }
 
 /// An operation on the whole MMU, for the count.
@@ -201,6 +194,24 @@ pub enum Operation {
     InvalidateRoots,
     /// A page was mapped ahead of the guest.
     PreFault,
+    /// A root was given up for a new one of the same address space.
+    RootChange,
+    /// The host asked for accessed bits.
+    Age,
+    /// Writes to a frame are tracked from now on.
+    TrackWrites,
+    /// The dirty log of a slot was read.
+    GetDirtyLog,
+    /// Marks of a slot's dirty log were cleared.
+    ClearDirtyLog,
+    /// The dirty rings were harvested and reset.
+    ResetDirtyRings,
+    /// Executable large pages were forbidden or permitted.
+    NxHugePages,
+    /// Tables that stood for fetches were taken away.
+    RecoverNx,
+    /// Tables were checked for becoming large pages again.
+    Collapse,
     /// The VM went away.
     Teardown,
     /// Something that a later sweep does.
@@ -243,6 +254,8 @@ pub enum Step {
         seq: u64,
         /// How.
         change: SlotChange,
+        /// All roots become obsolete with it.
+        roots: bool,
     },
     /// All roots become obsolete.
     InvalidateRoots,
@@ -252,19 +265,70 @@ pub enum Step {
     Access(GuestAccess),
     /// A fault is resolved.
     Fault(Fault),
-    /// A fault that cannot be compared yet; the library is brought into the recorded state by [`Step::Sync`].
-    NotYetFault {
+    /// A fault that is no business of the library's.
+    OutsideFault(Rule),
+    /// The root of an address space is given up for a new one.
+    GiveUpRoot(u8),
+    /// The host asks for the accessed bits of these frames.
+    Age {
+        /// Where.
+        ranges: Vec<SpaceRange>,
+        /// They are cleared.
+        clears: bool,
+    },
+    /// Writes to a frame are tracked from now on: none passes without asking the host.
+    TrackWrites {
+        /// Address space.
+        as_id: u8,
+        /// The frame, or any of a large page.
+        gfn: u64,
+    },
+    /// Large pages may not be executed from now on, or may.
+    NxHugePages(bool),
+    /// The table at this place, which stands for fetches only, is taken away.
+    RecoverNx {
+        /// Address space.
+        as_id: u8,
+        /// First frame.
+        gfn: u64,
+        /// Level of the entry that leads to the table.
+        level: u8,
+    },
+    /// Each vCPU has a dirty ring of this many entries.
+    DirtyRing(u32),
+    /// A page of a slot was written, and not by the guest.
+    MarkDirty {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// The page, counted from the slot's first.
+        page: u64,
+    },
+    /// An operation on the dirty log.
+    DirtyLog {
         /// Position in the trace.
         seq: u64,
-        /// Why.
-        reason: NotYet,
-        /// Not a fault of a guest, but memory mapped ahead.
-        ahead: bool,
+        /// Which.
+        op: Op,
     },
+    /// A sweep of KVM's has come to this entry. If the library has been there already, nothing is to be done.
+    Sweep {
+        /// Address space.
+        as_id: u8,
+        /// First frame.
+        gfn: u64,
+        /// Level.
+        level: u8,
+    },
+    /// Tables over a range may become large pages, where the host has large pages.
+    Collapse(SpaceRange),
     /// An operation that cannot be compared yet.
     NotYetOperation(NotYet),
     /// Bring the library into the recorded state in this range, because it has no means of its own for the change.
     Sync(SpaceRange),
+    /// The same, because a rule says that the library does otherwise.
+    Follow(Rule, SpaceRange),
     /// An operation is complete: what the library maps in these ranges must be what is recorded.
     Verify {
         /// Position in the trace.
@@ -286,6 +350,21 @@ pub enum Step {
         /// With the address space of each.
         leaves: Vec<(u8, Leaf)>,
     },
+    /// KVM changed an entry.
+    Recorded {
+        /// Position in the trace.
+        seq: u64,
+        /// Which.
+        key: Key,
+        /// How.
+        transition: Transition,
+    },
+    /// KVM changed an entry for which a rule has an explanation from the start.
+    Explained(Rule),
+    /// What follows belongs to this episode.
+    By(Episode),
+    /// An episode is over.
+    Settle(Episode, Class),
     /// The trace contradicts itself.
     Contradiction {
         /// Position in the trace.

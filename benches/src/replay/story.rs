@@ -7,6 +7,7 @@
 //! comparable. Nothing is decided by the name of a file or of a task.
 
 use super::expect::{Contradiction, Expected};
+use super::ledger::{Class, Episode};
 use super::pending::{End, Pending, Requested};
 use super::scenario::{Op, Region, Scenario};
 use super::spte::{self, Leaf, pages};
@@ -25,8 +26,6 @@ const COMPARE_EVERY: u32 = 4096;
 const MAX_CONTRADICTIONS: u64 = 10_000;
 /// Entries that the recorded tables may have at a time: those of 32 GiB in 4 KiB pages.
 const MAX_ENTRIES: usize = 1 << 23;
-/// A thread that no trace has.
-const NOBODY: u32 = u32::MAX;
 
 /// What the host takes back.
 #[derive(Debug)]
@@ -45,6 +44,10 @@ struct OpenOp {
     slot: Option<SlotChange>,
     /// Where that slot is, or was.
     region: Option<Region>,
+    /// Where a log ended.
+    unlogged: Option<Region>,
+    /// Executable large pages have yet to be forbidden or permitted.
+    nx: Option<bool>,
 }
 
 /// What one thread is in the middle of.
@@ -57,11 +60,17 @@ struct Thread {
     unmap: Option<Unmap>,
     /// Leaves that it removed without a known reason, with their address spaces.
     removed: Vec<(u8, Leaf)>,
+    /// Frames whose accessed bits the host asks for, and whether it clears them.
+    age: Option<(Vec<SpaceRange>, bool)>,
     sweeps: BTreeSet<NotYet>,
     nested_paging: bool,
     left_nested: bool,
     /// It made a root for an address space that had one.
     fresh_root: bool,
+    episode: Episode,
+    /// It did something in this episode.
+    acted: bool,
+    class: Class,
 }
 
 /// See the module.
@@ -74,10 +83,15 @@ pub struct Story {
     threads: BTreeMap<u32, Thread>,
     in_smm: HashMap<u32, bool>,
     slots: HashMap<(u8, u32), Region>,
+    /// Flags that every logged slot has from now on: manual, initially set.
+    log_flags: (bool, bool),
     stamps: Stamps,
     root_level: u8,
     seq: u64,
     steps: Vec<Step>,
+    /// The episode that the last step belongs to, and the last one that began.
+    acting: Episode,
+    episodes: Episode,
     contradictions: u64,
     faults_since_compare: u32,
     changed_since_compare: bool,
@@ -94,10 +108,13 @@ impl Story {
             threads: BTreeMap::new(),
             in_smm: HashMap::new(),
             slots: HashMap::new(),
+            log_flags: (false, false),
             stamps: Stamps::default(),
             root_level: 0,
             seq: 0,
             steps: Vec::new(),
+            acting: 0,
+            episodes: 0,
             contradictions: 0,
             faults_since_compare: 0,
             changed_since_compare: false,
@@ -155,6 +172,7 @@ impl Story {
             }
             &Event::SetSpte { gfn, level, spte } => self.check_made(t, gfn, level, spte),
             &Event::MarkMmio(gfn) => self.check_marked(t, gfn),
+            &Event::MarkDirty { as_id, slot, gfn } => self.mark_dirty(t, as_id, slot, gfn),
             Event::FastFault(fast) => self.fast_fault(t, fast),
             &Event::Root(level) if level > self.root_level => self.root(level),
             // Below a root of level 5, a table of level 4 is no root.
@@ -168,9 +186,10 @@ impl Story {
                 self.close(t, End::Went);
                 self.unmap(t, ranges);
             }
-            Event::Age => {
+            Event::Age { ranges, clears } => {
                 self.close_activity(t);
-                self.thread(t).sweeps.insert(NotYet::Aging);
+                self.settle_episode(t);
+                self.thread(t).age = Some((ranges.clone(), *clears));
             }
             &Event::Smm { vcpu, entering } => {
                 self.close(t, End::Went);
@@ -221,6 +240,7 @@ impl Story {
         }
         for t in threads {
             self.close_activity(t);
+            self.settle_episode(t);
         }
         self.changed_since_compare = true;
         self.compare();
@@ -245,10 +265,51 @@ impl Story {
         self.threads.entry(t).or_default()
     }
 
+    /// What follows is the doing of `t`.
+    fn by(&mut self, t: u32) {
+        if self.thread(t).episode == 0 {
+            self.episodes += 1;
+            self.thread(t).episode = self.episodes;
+        }
+        let thread = self.thread(t);
+        thread.acted = true;
+        let episode = thread.episode;
+        if self.acting != episode {
+            self.acting = episode;
+            self.steps.push(Step::By(episode));
+        }
+    }
+
+    /// `t` is done with what it was about.
+    fn settle_episode(&mut self, t: u32) {
+        let thread = self.thread(t);
+        let (episode, class) = (
+            std::mem::take(&mut thread.episode),
+            std::mem::take(&mut thread.class),
+        );
+        if std::mem::take(&mut thread.acted) {
+            self.steps.push(Step::Settle(episode, class));
+        }
+    }
+
+    /// What `t` is about cannot be compared yet.
+    fn put_off(&mut self, t: u32, reason: NotYet) {
+        let class = &mut self.thread(t).class;
+        if matches!(class, Class::Compared | Class::Fault) {
+            *class = Class::NotYet(reason);
+        }
+    }
+
     fn root(&mut self, level: u8) {
         self.root_level = level;
         self.expected.set_root_level(level);
         self.steps.push(Step::Root(level));
+    }
+
+    /// `t` is in the middle of a sweep that the library does not have yet.
+    fn sweeps(&mut self, t: u32, reason: NotYet) {
+        self.put_off(t, reason);
+        self.thread(t).sweeps.insert(reason);
     }
 
     fn space_of(&self, vcpu: Option<u32>) -> u8 {
@@ -297,9 +358,11 @@ impl Story {
     fn close(&mut self, t: u32, end: End) {
         self.close_fault(t, end);
         self.close_activity(t);
+        self.settle_episode(t);
     }
 
     fn close_fault(&mut self, t: u32, end: End) {
+        self.conclude_split(t);
         if let Some(fault) = self.thread(t).fault.filter(|fault| !fault.concluded) {
             let gfn = fault.gfn();
             let leaf = self.expected.leaf_at(fault.space, gfn);
@@ -311,8 +374,7 @@ impl Story {
                 .slots
                 .values()
                 .any(|region| region.read_only && in_slot(region));
-            let conclusion =
-                fault.no_effect(end, leaf, mmio, read_only, self.expected.nx_huge_pages);
+            let conclusion = fault.no_effect(end, leaf, mmio, read_only);
             self.conclude(t, conclusion);
         }
         self.thread(t).fault = None;
@@ -322,16 +384,20 @@ impl Story {
         for contradiction in self.expected.finish_detached(t) {
             self.contradict(contradiction);
         }
+        if let Some((ranges, clears)) = self.thread(t).age.take() {
+            self.by(t);
+            self.steps.push(Step::Age { ranges, clears });
+        }
         if let Some(mut unmap) = self.thread(t).unmap.take() {
-            self.execute_unmap(&mut unmap);
+            self.execute_unmap(t, &mut unmap);
             self.verify_unmap(unmap);
         }
         let removed = std::mem::take(&mut self.thread(t).removed);
         if !removed.is_empty() {
             if self.expected.maps_nothing() {
-                self.teardown(removed);
+                self.teardown(t, removed);
             } else {
-                self.thread(t).sweeps.insert(NotYet::Recovery);
+                self.sweeps(t, NotYet::Removal);
                 for (as_id, leaf) in removed {
                     self.sync(as_id, leaf.gfn, leaf.level);
                 }
@@ -343,11 +409,12 @@ impl Story {
     }
 
     /// Nothing is mapped any more: the VM went away.
-    fn teardown(&mut self, mut leaves: Vec<(u8, Leaf)>) {
+    fn teardown(&mut self, t: u32, mut leaves: Vec<(u8, Leaf)>) {
         for thread in self.threads.values_mut() {
             leaves.append(&mut thread.removed);
         }
         leaves.sort_by_key(|(as_id, leaf)| (*as_id, leaf.gfn));
+        self.by(t);
         self.steps.push(Step::Teardown {
             seq: self.seq,
             leaves,

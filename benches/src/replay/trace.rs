@@ -158,8 +158,22 @@ pub enum Event {
     ZapAllFast,
     /// The host took these frames back.
     Unmap(Vec<SpaceRange>),
-    /// The host asked for accessed bits (and cleared them, or not).
-    Age,
+    /// The host asked for the accessed bits of these frames.
+    Age {
+        /// Where.
+        ranges: Vec<SpaceRange>,
+        /// It cleared them.
+        clears: bool,
+    },
+    /// A page of a logged slot was marked dirty.
+    MarkDirty {
+        /// Address space.
+        as_id: u8,
+        /// Number of the slot.
+        slot: u32,
+        /// Guest frame.
+        gfn: u64,
+    },
     /// A vCPU enters or leaves system-management mode.
     Smm {
         /// Number of the vCPU.

@@ -47,6 +47,8 @@ pub struct Args {
     rounds: u16,
 }
 
+pub(crate) use lanes::our_setup;
+
 /// Guest memory of one vCPU after the other, by pages of 4 KiB: what scenarios of sweeps run on.
 ///
 /// # Errors

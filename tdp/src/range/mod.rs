@@ -22,4 +22,4 @@ pub use private::{RemovalError, Removed};
 pub use resize::Folded;
 pub use split::{SplitReport, SplitStopped};
 pub use steps::{Absorb, Progress, Steps};
-pub use visit::Leaf;
+pub use visit::{Entry, Leaf};

@@ -2,7 +2,7 @@
 
 use crate::common::host::Memory;
 use crate::common::rig::Rig;
-use tdp::{AddressSpaceId, DumpKind, Fault, Gfn, Gpa, Level, Pfn, Slot};
+use tdp::{AddressSpaceId, Decoded, DumpKind, Fault, Gfn, Gpa, Level, Pfn, Slot};
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
 
@@ -42,6 +42,20 @@ both_formats! {
         let tables = lines.iter().filter(|line| line.kind == DumpKind::Table).count() as u64;
         assert_eq!(tables, rig.mmu.stats().tables);
         assert!(lines.iter().any(|line| matches!(line.kind, DumpKind::Mmio { .. })));
+        // One frame's entries are the steps of its walk.
+        let walk = |gfn: u64| {
+            let mut steps = Vec::new();
+            rig.mmu.visit_entries(SPACE, Gfn(gfn)..Gfn(gfn + 1), |entry| {
+                steps.push((entry.level, entry.gfn.0, entry.decoded));
+            });
+            steps
+        };
+        let steps = walk(512 + 3);
+        let levels: Vec<_> = steps.iter().map(|step| (step.0, step.1)).collect();
+        assert_eq!(levels, [(Level::L4, 0), (Level::L3, 0), (Level::L2, 512)]);
+        assert!(matches!(steps[1].2, Decoded::Table(_)) && matches!(steps[2].2, Decoded::Leaf { .. }));
+        assert!(matches!(walk(1 << 19).last(), Some((Level::L1, _, Decoded::Mmio(_)))));
+        assert_eq!(walk(3).len(), 3);
         let text = dump.to_string();
         assert!(text.contains("L1 [0x0, 0x3) -> 0x100000 rwxu accessed dirty"), "{text}");
         assert!(text.starts_with(F::NAME), "{text}");

@@ -3,7 +3,9 @@
 use crate::rig::{GUEST, Rig, SPACE, fixed, private, shared};
 use std::ops::ControlFlow;
 use tdp::protected::tdx::{Call, Operand, Status};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, Steps, Visibility};
+use tdp::{
+    Access, ConvertError, Gfn, Level, Mapping, MemoryFault, Outcome, Perms, Pfn, Steps, Visibility,
+};
 
 #[test]
 fn conversion_takes_away_what_the_other_half_maps() {
@@ -104,7 +106,7 @@ fn ranges_that_make_no_sense_are_refused() {
     }
     let slot = tdp::Slot::new(
         Gfn(1 << 35)..Gfn((1 << 35) + GUEST),
-        tdp::LinearBacking::new(tdp::Pfn(0), Level::L1),
+        tdp::LinearBacking::new(Pfn(0), Level::L1),
     );
     assert!(rig.mmu.slots().insert(slot).is_err());
 }
@@ -183,5 +185,22 @@ fn private_memory_is_removed_in_steps() {
     assert_eq!(error.removed.frames, pages - left);
     assert_eq!(error.failed, 3);
     assert!(left > 0 && left <= 3);
+    rig.check();
+}
+
+/// The bare operation below a fault asks no slot, and yet never maps what is private.
+#[test]
+fn a_bare_map_maps_shared_memory_only() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let mapping = Mapping::memory(Pfn(1 << 24), Level::L2, Perms::RWX);
+    let refused = Ok(Outcome::MemoryFault(MemoryFault::IsPrivate));
+    assert_eq!(vcpu.map(Gfn(0), mapping, Access::Read), refused);
+    let shared = Visibility::Shared;
+    rig.mmu.convert(SPACE, Gfn(0)..Gfn(8), shared).unwrap();
+    // Not the private rest of the block with it.
+    assert_eq!(vcpu.map(Gfn(0), mapping, Access::Read), fixed(Level::L1));
+    assert!(rig.mmu.translate(SPACE, Gfn(8)).is_none());
+    assert_eq!(vcpu.map(Gfn(8), mapping, Access::Read), refused);
     rig.check();
 }

@@ -1,12 +1,17 @@
 //! Comparing what the library maps with what is recorded: one frame, a range, everything.
 
+use super::observe::everything;
 use super::{Driver, Stop, space};
+use crate::replay::entry::Entry;
 use crate::replay::expect::{Expected, Space};
 use crate::replay::findings::{Difference, Mapped};
+use crate::replay::ledger::Class;
 use crate::replay::processor::Processor;
 use crate::replay::spte::Leaf;
 use crate::replay::step::Operation;
 use crate::replay::trace::{ADDRESS_SPACES, SpaceRange};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use tdp::{Gfn, Level};
 
 impl<F: Processor> Driver<F> {
@@ -49,6 +54,8 @@ impl<F: Processor> Driver<F> {
         leaf: Option<Leaf>,
         expected: &Expected,
     ) -> Result<(), Stop> {
+        // What differs is told before it is put right.
+        self.settle(self.episode, Class::Compared);
         let found = self.machine()?.mmu.translate(space(as_id), Gfn(gfn));
         let mut range = SpaceRange {
             as_id,
@@ -134,6 +141,10 @@ impl<F: Processor> Driver<F> {
     }
 
     pub(super) fn compare(&mut self, seq: u64, expected: &Expected) -> Result<(), Stop> {
+        if self.machine.is_none() {
+            // Nothing can be mapped, and how the MMU is to be set up may be still to come.
+            return Ok(());
+        }
         self.findings.comparisons += 1;
         let mut counted = [0; 3];
         for as_id in 0..ADDRESS_SPACES {
@@ -157,6 +168,7 @@ impl<F: Processor> Driver<F> {
                 self.sync(&range, expected)?;
             }
         }
+        self.compare_entries(seq, expected);
         let pages = self.machine()?.mmu.stats().pages;
         if pages != counted {
             let (expected, got) = (
@@ -173,6 +185,42 @@ impl<F: Processor> Driver<F> {
             });
         }
         Ok(())
+    }
+
+    /// Everything that leaves are not: tables, MMIO entries, and who may write. Only when no change is half told.
+    fn compare_entries(&mut self, seq: u64, expected: &Expected) {
+        if !self.ledger.is_settled() {
+            return;
+        }
+        self.findings.full_comparisons += 1;
+        for range in everything() {
+            let as_id = range.as_id;
+            let space = Space::normal(as_id);
+            let recorded = expected.entries_over(space, 0, u64::MAX);
+            let recorded: BTreeMap<_, _> = recorded
+                .map(|(gfn, level, spte)| {
+                    ((as_id, gfn, Reverse(level)), Entry::recorded(spte, level))
+                })
+                .filter(|(_, entry)| *entry != Entry::Gone)
+                .collect();
+            let found = self.view(&[range]);
+            let keys: BTreeSet<_> = recorded.keys().chain(found.keys()).collect();
+            for key @ &(as_id, gfn, Reverse(level)) in keys {
+                let expected = recorded.get(key).copied().unwrap_or(Entry::Gone);
+                let got = found.get(key).map_or(Entry::Gone, |found| found.1);
+                self.findings.entries_compared += 1;
+                if !expected.is_same_mapping(&got) {
+                    self.findings.differs(Difference {
+                        seq,
+                        as_id,
+                        gfn,
+                        level,
+                        expected: format!("{expected} when everything is compared"),
+                        got: got.to_string(),
+                    });
+                }
+            }
+        }
     }
 
     pub(super) fn teardown(&mut self, seq: u64, leaves: &[(u8, Leaf)]) -> Result<(), Stop> {
@@ -193,7 +241,6 @@ impl<F: Processor> Driver<F> {
                 .is_empty();
         }
         self.findings.operation(Operation::Teardown, same);
-        self.machine()?.mmu.invalidate_roots().finish();
-        Ok(())
+        self.invalidate_roots()
     }
 }

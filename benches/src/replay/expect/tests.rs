@@ -136,7 +136,7 @@ fn what_is_below_a_removed_table_is_not_mapped() {
             .apply(0, false, &change(1, 6, NONE, FROZEN))
             .unwrap()
             .place,
-        Place::Nowhere
+        Place::Nowhere { unlinked: false }
     );
 }
 

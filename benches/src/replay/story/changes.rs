@@ -1,11 +1,14 @@
 //! Changed entries: whose doing each was.
 
 use super::{Story, Thread};
+use crate::replay::entry::{Entry, Transition};
 use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
-use crate::replay::pending::{Conclusion, Guest};
+use crate::replay::ledger::Key;
+use crate::replay::pending::Guest;
+use crate::replay::rules::Rule;
 use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::NotYet;
+use crate::replay::step::{NotYet, Step};
 use crate::replay::trace::{Change, SpaceRange};
 
 impl Story {
@@ -33,6 +36,7 @@ impl Story {
                 return;
             }
         };
+        self.record(t, change, place);
         let Place::Live(space) = place else { return };
         self.stamps.note(as_id, start, end, t, self.seq);
         self.overtake(t, |fault| fault.lies_in(as_id, start, end));
@@ -41,7 +45,7 @@ impl Story {
             if let Some(fault) =
                 covers.filter(|f| !f.concluded && from != Kind::Table && to != Kind::Table)
             {
-                self.conclude(t, fault.effect(None, None, false, false));
+                self.conclude(t, fault.effect(None, None, false));
             }
             return;
         }
@@ -63,19 +67,20 @@ impl Story {
             return;
         }
         if matches!(to, Kind::None | Kind::Frozen) {
-            // Older kernels remove a huge page that is write-protected, and the same fault maps smaller ones.
-            let conclusion = covers
-                .filter(|f| !f.concluded)
-                .map(|f| f.effect(before, before, false, false));
-            if let Some(conclusion @ Conclusion::NotYet(_)) = conclusion {
-                self.conclude(t, conclusion);
-                self.sync(as_id, start, level);
+            let own = covers.is_some_and(|fault| !fault.concluded);
+            let leaf = Leaf {
+                gfn: start,
+                level,
+                spte: change.old,
+            };
+            if own && level > 1 && from != Kind::Mmio {
+                self.follow(Rule::LargeLeafIsSplit, as_id, start, level);
+            } else if from == Kind::Table && self.is_unlogging(t, as_id, start) {
+                self.follow(Rule::CollapseInPlace, as_id, start, level);
+            } else if from == Kind::Table && self.is_recovering(t) {
+                let gfn = start;
+                self.steps.push(Step::RecoverNx { as_id, gfn, level });
             } else if from != Kind::Mmio {
-                let leaf = Leaf {
-                    gfn: start,
-                    level,
-                    spte: change.old,
-                };
                 self.removed(
                     t,
                     as_id,
@@ -89,23 +94,121 @@ impl Story {
             return;
         }
         match covers {
-            Some(fault) if !fault.concluded => {
-                let after = self.expected.leaf_at(fault.space, fault.gfn());
-                let mmio = self.expected.is_mmio(fault.space, fault.gfn());
-                let conclusion = fault.effect(before, after, mmio, self.expected.nx_huge_pages);
-                self.conclude(t, conclusion);
-                if matches!(conclusion, Conclusion::NotYet(_)) {
-                    self.sync(as_id, start, level);
+            Some(fault) if !fault.concluded && (from, to) == (Kind::Leaf, Kind::Table) => {
+                if let Some(fault) = &mut self.thread(t).fault {
+                    fault.split = fault.split.or(before);
                 }
             }
+            Some(fault) if !fault.concluded => {
+                let before = fault.split.or(before);
+                let after = self.expected.leaf_at(fault.space, fault.gfn());
+                let mmio = self.expected.is_mmio(fault.space, fault.gfn());
+                let conclusion = fault.effect(before, after, mmio);
+                self.conclude(t, conclusion);
+            }
             // A second change of the same fault, below a split.
-            Some(_) => self.sync_visible(change),
+            Some(_) => {}
+            None if tracks_writes(change, from, to) => {
+                let gfn = change.gfn;
+                self.steps.push(Step::TrackWrites { as_id, gfn });
+            }
+            // Part of what the host asked for.
+            None if self.thread(t).age.is_some() && ages(change, from, to) => {}
+            None if is_sweep(change, from, to) => {
+                let gfn = change.gfn;
+                self.steps.push(Step::Sweep { as_id, gfn, level });
+            }
             None => {
-                let reason = sweep(change, from, to);
-                self.thread(t).sweeps.insert(reason);
+                self.sweeps(t, NotYet::OtherSweep);
                 self.sync_visible(change);
             }
         }
+    }
+
+    /// The library does otherwise by a rule, and is made to follow the record.
+    fn follow(&mut self, rule: Rule, as_id: u8, gfn: u64, level: u8) {
+        let range = SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + pages(level),
+        };
+        self.steps.push(Step::Follow(rule, range));
+    }
+
+    /// Whether `t` is switching the log of the slot at `gfn` off.
+    fn is_unlogging(&mut self, t: u32, as_id: u8, gfn: u64) -> bool {
+        let op = self.thread(t).op.as_ref();
+        op.and_then(|op| op.unlogged.as_ref())
+            .is_some_and(|r| r.as_id == as_id && (r.gfn..r.gfn + r.pages).contains(&gfn))
+    }
+
+    /// Whether `t` takes tables away for no reason but that they stand for fetches.
+    fn is_recovering(&mut self, t: u32) -> bool {
+        let nx_huge_pages = self.expected.nx_huge_pages;
+        let thread = self.thread(t);
+        nx_huge_pages && thread.op.is_none() && thread.unmap.is_none() && thread.vcpu.is_none()
+    }
+
+    /// Enters a change into the books, with what follows from it that KVM does not record.
+    pub(super) fn record(&mut self, t: u32, change: &Change, place: Place) {
+        self.by(t);
+        let detached = match place {
+            Place::Live(space) if space.is_nested() => {
+                return self.steps.push(Step::Explained(Rule::NestedGuest));
+            }
+            Place::Live(_) => false,
+            Place::Detached => true,
+            Place::GivenUp => {
+                return self.steps.push(Step::Explained(Rule::OneRootPerSpace));
+            }
+            Place::Nowhere { unlinked: true } => {
+                return self.steps.push(Step::Explained(Rule::EmptyEntrySealed));
+            }
+            Place::Nowhere { unlinked: false } => {
+                return self.steps.push(Step::Explained(Rule::FrozenIsTransient));
+            }
+        };
+        let Change {
+            as_id,
+            level,
+            gfn,
+            old,
+            new,
+        } = *change;
+        let transition = Transition {
+            from: Entry::recorded(old, level),
+            to: Entry::recorded(new, level),
+        };
+        self.enter(as_id, gfn, level, detached, transition);
+        if let (Entry::Leaf(_), Entry::Table) = (transition.from, transition.to) {
+            let huge = Leaf {
+                gfn,
+                level,
+                spte: old,
+            };
+            for index in 0..512 {
+                let child = huge.child(index, self.expected.nx_huge_pages);
+                let made = Transition {
+                    from: Entry::Gone,
+                    to: Entry::recorded(child.spte, child.level),
+                };
+                self.enter(as_id, child.gfn, child.level, false, made);
+            }
+        }
+    }
+
+    fn enter(&mut self, as_id: u8, gfn: u64, level: u8, detached: bool, transition: Transition) {
+        let key = Key {
+            detached,
+            as_id,
+            gfn,
+            level,
+        };
+        self.steps.push(Step::Recorded {
+            seq: self.seq,
+            key,
+            transition,
+        });
     }
 
     /// Copies a change, unless it is only about what the processor sets.
@@ -131,7 +234,7 @@ impl Story {
                 .unmap
                 .take_if(|unmap| unmap.ranges.iter().any(overlaps))
             {
-                self.execute_unmap(&mut unmap);
+                self.execute_unmap(t, &mut unmap);
                 if unmap.owed.is_empty() {
                     self.verify_unmap(unmap);
                 } else {
@@ -170,22 +273,42 @@ impl Story {
     }
 }
 
-/// What kind of sweep makes such a change without a fault.
-fn sweep(change: &Change, from: Kind, to: Kind) -> NotYet {
+/// Whether all that happened to a leaf is that it is not writable any more before the host is asked.
+fn tracks_writes(change: &Change, from: Kind, to: Kind) -> bool {
     let leaf = |spte| Leaf {
         gfn: change.gfn,
         level: change.level,
         spte,
     };
+    let (old, new) = (leaf(change.old), leaf(change.new));
+    (from, to) == (Kind::Leaf, Kind::Leaf)
+        && old.is_mmu_writable()
+        && !new.is_mmu_writable()
+        && new.is_host_writable()
+}
+
+/// Whether all that happened to a leaf is that it is not accessed any more.
+fn ages(change: &Change, from: Kind, to: Kind) -> bool {
+    (from, to) == (Kind::Leaf, Kind::Leaf)
+        && change.old & !change.new == spte::ACCESSED
+        && change.new & !change.old == 0
+}
+
+/// Whether a sweep that the library has makes such a change: splitting, collapsing, taking write permission.
+fn is_sweep(change: &Change, from: Kind, to: Kind) -> bool {
     match (from, to) {
-        (Kind::Leaf, Kind::Table) => NotYet::EagerSplit,
-        (Kind::Table, Kind::Leaf) => NotYet::Collapse,
-        (Kind::Leaf, Kind::Leaf) => match (leaf(change.old), leaf(change.new)) {
-            (old, new) if old.is_mmu_writable() && !new.is_mmu_writable() => NotYet::Nested,
-            (old, new) if old.is_writable() != new.is_writable() => NotYet::DirtyLogging,
-            _ if change.old ^ change.new == 0x20 => NotYet::Aging,
-            _ => NotYet::OtherSweep,
-        },
-        _ => NotYet::OtherSweep,
+        (Kind::Leaf, Kind::Table) | (Kind::Table, Kind::Leaf) => true,
+        (Kind::Leaf, Kind::Leaf) => {
+            let writable = |spte| {
+                let leaf = Leaf {
+                    gfn: change.gfn,
+                    level: change.level,
+                    spte,
+                };
+                (leaf.is_writable(), leaf.is_mmu_writable())
+            };
+            (writable(change.old), writable(change.new)) == ((true, true), (false, true))
+        }
+        _ => false,
     }
 }

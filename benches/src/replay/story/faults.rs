@@ -1,10 +1,11 @@
 //! Faults, from the processor's report to their outcome.
 
-use super::{NOBODY, Story, Unmap};
-use crate::replay::expect::{Contradiction, Space, Wrong};
+use super::{Story, Unmap};
+use crate::replay::expect::{Contradiction, NOBODY, Place, Space, Wrong};
+use crate::replay::ledger::Class;
 use crate::replay::pending::{Conclusion, End, Guest, Pending, Requested};
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::{Code, GuestAccess, Meets, NotYet, Step};
+use crate::replay::step::{Code, GuestAccess, Meets, Operation, Step};
 use crate::replay::trace::{Change, FastFault, SpaceRange};
 
 impl Story {
@@ -18,6 +19,7 @@ impl Story {
         code: Code,
     ) {
         let (as_id, seq) = (self.space_of(Some(vcpu)), self.seq);
+        let withheld = self.expected.nx_huge_pages;
         let thread = self.thread(t);
         thread.vcpu = Some(vcpu);
         let guest = match (left_nested, thread.nested_paging) {
@@ -40,13 +42,16 @@ impl Story {
             ahead: false,
             requested: None,
             overtaken: false,
+            withheld,
+            spurious: false,
+            split: None,
             concluded: false,
         };
         thread.fault = Some(fault);
         let fresh_root = std::mem::take(&mut thread.fresh_root);
         if guest == Guest::Ordinary {
             if fresh_root {
-                self.give_up_root(as_id);
+                self.give_up_root(t, as_id);
             }
             self.settle(as_id, fault.gfn());
             self.access(t, previous, &fault, vcpu);
@@ -54,14 +59,19 @@ impl Story {
     }
 
     /// A vCPU uses a new root of an address space that had one. The old one may be taken down by anybody, later.
-    fn give_up_root(&mut self, as_id: u8) {
+    fn give_up_root(&mut self, t: u32, as_id: u8) {
         self.expected.detach_tree(NOBODY, Space::normal(as_id));
-        self.steps.push(Step::Sync(SpaceRange {
-            as_id,
-            start: 0,
-            end: u64::MAX,
-        }));
-        self.steps.push(Step::NotYetOperation(NotYet::RootChange));
+        self.by(t);
+        self.steps.push(Step::GiveUpRoot(as_id));
+        self.steps.push(Step::Verify {
+            seq: self.seq,
+            operation: Operation::RootChange,
+            ranges: vec![SpaceRange {
+                as_id,
+                start: 0,
+                end: u64::MAX,
+            }],
+        });
     }
 
     /// The access that faulted, before anything is done about it.
@@ -140,6 +150,9 @@ impl Story {
                 ahead: true,
                 requested: None,
                 overtaken: false,
+                withheld: self.expected.nx_huge_pages,
+                spurious: false,
+                split: None,
                 concluded: false,
             });
         }
@@ -160,10 +173,20 @@ impl Story {
         };
         let leaf = self.expected.leaf_at(fault.space, fault.gfn());
         if fault.is_satisfied(leaf) {
-            self.conclude(
-                t,
-                fault.effect(leaf, leaf, false, self.expected.nx_huge_pages),
-            );
+            self.conclude(t, fault.effect(leaf, leaf, false));
+        }
+    }
+
+    /// A fault of `t` that split a large leaf did nothing below, or one that found its page repaired is over.
+    pub(super) fn conclude_split(&mut self, t: u32) {
+        let Some(fault) = self.thread(t).fault.filter(|fault| !fault.concluded) else {
+            return;
+        };
+        let after = self.expected.leaf_at(fault.space, fault.gfn());
+        if fault.split.is_some() {
+            self.conclude(t, fault.effect(fault.split, after, false));
+        } else if fault.spurious && after.is_some_and(|leaf| fault.code.passes(&leaf)) {
+            self.conclude(t, fault.effect(after, after, false));
         }
     }
 
@@ -185,24 +208,18 @@ impl Story {
         fault.concluded = true;
         let fault = *fault;
         self.faults_since_compare += 1;
-        let gfn = fault.gfn();
+        self.by(t);
         match conclusion {
-            Conclusion::NotYet(reason) => {
-                self.steps.push(Step::NotYetFault {
-                    seq: fault.seq,
-                    reason,
-                    ahead: fault.ahead,
-                });
+            Conclusion::Outside(rule) => {
+                self.thread(t).class = Class::Outside(rule);
+                self.steps.push(Step::OutsideFault(rule));
             }
             Conclusion::Compare(answer, recorded) => {
-                self.steps.push(Step::Fault(fault.step(answer, recorded)));
-                // The permissions that a sweep's policy took away are copied.
-                let leaf = self.expected.leaf_at(fault.space, gfn);
-                if let Some(leaf) =
-                    leaf.filter(|l| !l.is_executable() || l.is_writable() != l.is_host_writable())
-                {
-                    self.sync(fault.space.as_id(), leaf.gfn, leaf.level);
+                let class = &mut self.thread(t).class;
+                if *class == Class::Compared {
+                    *class = Class::Fault;
                 }
+                self.steps.push(Step::Fault(fault.step(answer, recorded)));
             }
         }
     }
@@ -214,6 +231,7 @@ impl Story {
         let space = space.unwrap_or_else(|| Space::normal(self.space_of(vcpu)));
         let level = fast.level.max(1);
         let gfn = spte::align(fast.gpa >> 12, level);
+        let before = self.expected.leaf_at(space, gfn);
         if fast.fixed {
             let repaired = Leaf {
                 gfn,
@@ -236,23 +254,31 @@ impl Story {
                 old: fast.old,
                 new: fast.new,
             };
-            if let Err(contradiction) = self.expected.repair(space, &change) {
-                self.contradict(contradiction);
+            match self.expected.repair(space, &change) {
+                Ok(()) => self.record(t, &change, Place::Live(space)),
+                Err(contradiction) => self.contradict(contradiction),
             }
             self.stamps
                 .note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
             self.changed_since_compare = true;
-            if !space.is_nested() {
-                self.sync(space.as_id(), gfn, level);
-            }
         }
-        if (fast.fixed || fast.spurious) && self.thread(t).fault.is_some_and(|f| !f.concluded) {
-            self.conclude(t, Conclusion::NotYet(NotYet::DirtyLogging));
+        let open = self.thread(t).fault.filter(|fault| !fault.concluded);
+        if let Some(fault) = open.filter(|_| fast.fixed || fast.spurious) {
+            let after = self.expected.leaf_at(space, gfn);
+            if fast.fixed {
+                self.conclude(t, fault.effect(before, after, false));
+            } else if after.is_some_and(|leaf| fault.code.passes(&leaf)) {
+                self.conclude(t, fault.effect(after, after, false));
+            } else if let Some(fault) = &mut self.thread(t).fault {
+                // Who repaired it is told later.
+                fault.spurious = true;
+            }
         }
     }
 
     /// KVM says what leaf the fault of `t` made.
     pub(super) fn check_made(&mut self, t: u32, gfn: u64, level: u8, spte: u64) {
+        self.conclude_split(t);
         let Some(fault) = self
             .thread(t)
             .fault

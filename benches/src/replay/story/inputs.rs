@@ -3,10 +3,13 @@
 use super::{OpenOp, Story, Unmap};
 use crate::replay::expect::Space;
 use crate::replay::pending::Pending;
-use crate::replay::scenario::{Op, Region};
-use crate::replay::step::{NotYet, Operation, SlotChange, Step};
+use crate::replay::scenario::Op;
+use crate::replay::step::{Operation, SlotChange, Step};
 use crate::replay::trace::SpaceRange;
 use std::collections::BTreeSet;
+
+/// Bytes of an entry of KVM's dirty rings.
+const DIRTY_RING_ENTRY: u64 = 16;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
@@ -19,13 +22,18 @@ impl Story {
             op,
             slot: None,
             region: None,
+            unlogged: None,
+            nx: None,
         };
         match open.op {
-            Op::SetRegion(region) => {
+            Op::SetRegion(mut region) => {
+                if region.log_dirty {
+                    (region.log_manual, region.log_initially_set) = self.log_flags;
+                }
                 let old = self.slots.get(&(region.as_id, region.slot)).copied();
                 match old {
                     None if region.pages == 0 => {}
-                    None => self.slot(SlotChange::Insert(region)),
+                    None => self.slot(t, SlotChange::Insert(region)),
                     // KVM removes first and shows the new place last; what lies between shows when it begins.
                     Some(old) if region.pages == 0 => {
                         (open.slot, open.region) = (Some(SlotChange::Remove(old)), Some(old));
@@ -34,19 +42,29 @@ impl Story {
                         (open.slot, open.region) = (Some(SlotChange::Move(region)), Some(old));
                     }
                     Some(old) if old != region => {
-                        if old.log_dirty != region.log_dirty {
-                            self.thread(t).sweeps.insert(NotYet::DirtyLogging);
+                        self.slot(t, SlotChange::Flags(region));
+                        if old.log_dirty && !region.log_dirty {
+                            open.unlogged = Some(region);
                         }
-                        self.slot(SlotChange::Flags(region));
                     }
                     Some(_) => {}
                 }
             }
             Op::PreFault { vcpu } => self.thread(t).vcpu = Some(vcpu),
-            Op::DirtyLog => {
-                self.thread(t).sweeps.insert(NotYet::DirtyLogging);
+            Op::GetDirtyLog { .. } | Op::ClearDirtyLog { .. } | Op::ResetDirtyRings { .. } => {
+                let (seq, op) = (self.seq, open.op.clone());
+                self.by(t);
+                self.steps.push(Step::DirtyLog { seq, op });
             }
-            Op::NxHugePages(on) => self.expected.nx_huge_pages = on,
+            Op::ManualDirtyLog(bits) => self.log_flags = (bits & 1 != 0, bits & 3 == 3),
+            Op::DirtyRing(bytes) => {
+                let entries = u32::try_from(bytes / DIRTY_RING_ENTRY).unwrap_or(0);
+                self.steps.push(Step::DirtyRing(entries));
+            }
+            Op::NxHugePages(on) => {
+                self.expected.nx_huge_pages = on;
+                open.nx = Some(on);
+            }
             Op::Other => {}
         }
         self.thread(t).op = Some(open);
@@ -55,17 +73,33 @@ impl Story {
 
     pub(super) fn end(&mut self, t: u32) {
         self.begin_slot_change(t);
-        if let Some(OpenOp {
-            op: Op::SetRegion(_),
-            ..
-        }) = self.thread(t).op.take()
-        {
+        let Some(op) = self.thread(t).op.take() else {
+            return;
+        };
+        if let Some(on) = op.nx {
+            self.by(t);
+            self.steps.push(Step::NxHugePages(on));
+        }
+        if let Some(region) = op.unlogged {
+            self.by(t);
+            self.steps.push(Step::Collapse(SpaceRange {
+                as_id: region.as_id,
+                start: region.gfn,
+                end: region.gfn + region.pages,
+            }));
+        }
+        self.settle_episode(t);
+        if let Op::SetRegion(_) = op.op {
             self.changed_since_compare = true;
         }
         self.compare();
     }
 
-    pub(super) fn slot(&mut self, change: SlotChange) {
+    fn slot(&mut self, t: u32, change: SlotChange) {
+        self.slot_by(t, change, false);
+    }
+
+    fn slot_by(&mut self, t: u32, change: SlotChange, roots: bool) {
         match change {
             SlotChange::Insert(region) | SlotChange::Move(region) | SlotChange::Flags(region) => {
                 self.slots.insert((region.as_id, region.slot), region);
@@ -75,17 +109,32 @@ impl Story {
             }
         }
         let seq = self.seq;
-        self.steps.push(Step::Slot { seq, change });
+        self.by(t);
+        self.steps.push(Step::Slot { seq, change, roots });
     }
 
-    /// The deletion or move that `t` is in the middle of shows now. Returns the slot's place before it, if there is one.
-    pub(super) fn begin_slot_change(&mut self, t: u32) -> Option<Region> {
-        let op = self.thread(t).op.as_mut()?;
-        let (change, region) = (op.slot.take(), op.region);
-        if let Some(change) = change {
-            self.slot(change);
+    /// A page of a logged slot was marked dirty: by the fault that let it be written, or because KVM or the VMM wrote it.
+    pub(super) fn mark_dirty(&mut self, t: u32, as_id: u8, slot: u32, gfn: u64) {
+        let by_fault = self.thread(t).fault.is_some_and(|fault| fault.gfn() == gfn);
+        let region = self.slots.get(&(as_id, slot));
+        let page = region.and_then(|region| gfn.checked_sub(region.gfn));
+        if let Some(page) = page.filter(|_| !by_fault) {
+            self.steps.push(Step::MarkDirty { as_id, slot, page });
         }
-        region
+    }
+
+    /// The deletion or move that `t` is in the middle of shows now.
+    pub(super) fn begin_slot_change(&mut self, t: u32) {
+        self.begin_slot_change_by(t, false);
+    }
+
+    /// The same, with all roots becoming obsolete or not. Returns whether there was such a change.
+    fn begin_slot_change_by(&mut self, t: u32, roots: bool) -> bool {
+        let change = self.thread(t).op.as_mut().and_then(|op| op.slot.take());
+        if let Some(change) = change {
+            self.slot_by(t, change, roots);
+        }
+        change.is_some()
     }
 
     /// `t` made a root table, where there may be one already: for a nested guest, or to use in its place.
@@ -96,12 +145,19 @@ impl Story {
     }
 
     pub(super) fn zap_all(&mut self, t: u32) {
-        self.begin_slot_change(t);
+        let slot = self.begin_slot_change_by(t, true);
         self.expected.detach_all(t);
         self.stamps.note_all(t, self.seq);
         self.overtake(t, |_| true);
         self.changed_since_compare = true;
-        self.steps.push(Step::InvalidateRoots);
+        let nx = self.thread(t).op.as_mut().and_then(|op| op.nx.take());
+        if let Some(on) = nx {
+            self.by(t);
+            self.steps.push(Step::NxHugePages(on));
+        } else if !slot {
+            self.by(t);
+            self.steps.push(Step::InvalidateRoots);
+        }
         let everything = |as_id| SpaceRange {
             as_id,
             start: 0,
@@ -137,16 +193,17 @@ impl Story {
             executed: false,
         };
         if unmap.owed.is_empty() {
-            self.execute_unmap(&mut unmap);
+            self.execute_unmap(t, &mut unmap);
             self.verify_unmap(unmap);
         } else {
             self.thread(t).unmap = Some(unmap);
         }
     }
 
-    pub(super) fn execute_unmap(&mut self, unmap: &mut Unmap) {
+    pub(super) fn execute_unmap(&mut self, t: u32, unmap: &mut Unmap) {
         if !unmap.executed {
             unmap.executed = true;
+            self.by(t);
             self.steps.push(Step::Invalidate(unmap.ranges.clone()));
         }
     }

@@ -86,6 +86,7 @@ pub(super) struct Raw<'a> {
     gpa: Option<Hex>,
     error_code: Option<Hex>,
     as_id: Option<u64>,
+    slot: Option<u64>,
     gfn: Option<Hex>,
     level: Option<u64>,
     pfn: Option<HostFrame>,
@@ -156,8 +157,20 @@ impl Raw<'_> {
             },
             "kvm_mmu_zap_all_fast" => Event::ZapAllFast,
             "kvm_unmap_hva_range" => Event::Unmap(self.ranges()?),
-            "kvm_age_hva" | "kvm_test_age_hva" => Event::Age,
+            "kvm_age_hva" | "kvm_test_age_hva" => Event::Age {
+                ranges: self.repeated_ranges()?,
+                clears: self.event == "kvm_age_hva",
+            },
             "kvm_smm_transition" => self.smm()?,
+            "mark_page_dirty_in_slot" => Event::MarkDirty {
+                as_id: self.within(
+                    self.need(self.as_id, "as_id")?,
+                    "as_id",
+                    u64::from(ADDRESS_SPACES),
+                )? as u8,
+                slot: self.within(self.need(self.slot, "slot")?, "slot", 1 << 16)? as u32,
+                gfn: self.gfn()?,
+            },
             "kvm_nested_vmenter" | "kvm_nested_vmrun" => {
                 let text = self.text.as_deref().unwrap_or_default();
                 Event::NestedEnter {
@@ -184,7 +197,6 @@ impl Raw<'_> {
             | "kvm_mmu_sync_page"
             | "check_mmio_spte"
             | "handle_mmio_page_fault"
-            | "mark_page_dirty_in_slot"
             | "kvm_dirty_ring_push" => Event::Inside,
             _ => Event::Other,
         })
@@ -304,6 +316,33 @@ impl Raw<'_> {
             let end = self.within(range.gfn_end.0, "gfn_end", MAX_FRAME + 1)?;
             let start = self.within(range.gfn_start.0, "gfn_start", end)?;
             all.push(SpaceRange { as_id, start, end });
+        }
+        Ok(all)
+    }
+
+    /// The ranges of a line that stands for several, each a step further.
+    fn repeated_ranges(&self) -> Result<Vec<SpaceRange>, TraceError> {
+        let ranges = self.ranges()?;
+        let n = self.within(self.n.unwrap_or(1), "n", MAX_RUN + 1)?;
+        if n <= 1 {
+            return Ok(ranges);
+        }
+        let step = self.need(self.gfn_step, "gfn_step")?.0;
+        let mut all: Vec<SpaceRange> = Vec::new();
+        for range in ranges {
+            let span = u128::from(step) * u128::from(n - 1);
+            if u128::from(range.end) + span > u128::from(MAX_FRAME) {
+                return Err(TraceError::Range {
+                    event: self.event.to_string(),
+                    field: "gfn_step",
+                    value: step,
+                });
+            }
+            // What the steps leave out between two ranges is small, and a line stands for many ranges.
+            all.push(SpaceRange {
+                end: range.end + step * (n - 1),
+                ..range
+            });
         }
         Ok(all)
     }
