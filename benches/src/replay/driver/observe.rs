@@ -150,7 +150,10 @@ impl<F: Processor> Driver<F> {
                 self.ledger
                     .ours(tally, self.episode, self.seq, key, transition);
             }
-            Doing::Copied(rule) => self.ledger.copied(key, transition, rule),
+            Doing::Copied(None) => self.ledger.copied(key, transition),
+            Doing::Copied(Some(rule)) => {
+                self.ledger.followed(self.episode, key, transition, rule);
+            }
         }
     }
 }

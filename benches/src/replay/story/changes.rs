@@ -8,7 +8,7 @@ use crate::replay::pending::Guest;
 use crate::replay::rules::Rule;
 use crate::replay::scenario::Region;
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::{NotYet, Step};
+use crate::replay::step::Step;
 use crate::replay::trace::{Change, SpaceRange};
 
 impl Story {
@@ -80,16 +80,13 @@ impl Story {
             } else if from == Kind::Table && self.is_recovering(t) {
                 let gfn = start;
                 self.steps.push(Step::RecoverNx { as_id, gfn, level });
-            } else if from != Kind::Mmio {
-                self.removed(
-                    t,
-                    as_id,
-                    if from == Kind::Leaf {
-                        vec![leaf]
-                    } else {
-                        below
-                    },
-                );
+            } else if from == Kind::Leaf {
+                self.removed(t, as_id, &[leaf]);
+            } else if from == Kind::Table {
+                let known = self.removed(t, as_id, &below);
+                if !known {
+                    self.thread(t).zapped.push(SpaceRange { as_id, start, end });
+                }
             }
             return;
         }
@@ -119,7 +116,7 @@ impl Story {
                 self.steps.push(Step::Sweep { as_id, gfn, level });
             }
             None => {
-                self.sweeps(t, NotYet::OtherSweep);
+                // Nothing that the library knows of; the episode will show it.
                 self.sync_visible(change);
             }
         }
@@ -218,9 +215,10 @@ impl Story {
         }
     }
 
-    /// `t` removed these leaves from a live tree: find the reason.
-    pub(super) fn removed(&mut self, t: u32, as_id: u8, leaves: Vec<Leaf>) {
-        for leaf in leaves {
+    /// `t` removed these leaves from a live tree: find the reason. Returns whether there is one for any of them.
+    fn removed(&mut self, t: u32, as_id: u8, leaves: &[Leaf]) -> bool {
+        let mut known = false;
+        for &leaf in leaves {
             let key = (as_id, leaf.gfn, leaf.level);
             for thread in self.threads.values_mut() {
                 if let Some(unmap) = &mut thread.unmap {
@@ -240,6 +238,7 @@ impl Story {
                 } else {
                     self.thread(t).unmap = Some(unmap);
                 }
+                known = true;
                 continue;
             }
             let region = self.thread(t).op.as_ref().and_then(|op| op.region);
@@ -247,19 +246,33 @@ impl Story {
                 |r: &Region| r.as_id == as_id && r.gfn < leaf.end() && leaf.gfn < r.gfn + r.pages;
             if region.as_ref().is_some_and(in_slot) {
                 self.begin_slot_change(t);
+                known = true;
                 continue;
             }
-            self.thread(t).removed.push((as_id, leaf));
+            let thread = self.thread(t);
+            thread.removed.push((as_id, leaf));
+            thread.zapped.push(SpaceRange {
+                as_id,
+                start: leaf.gfn,
+                end: leaf.end(),
+            });
         }
+        known
     }
 
-    /// Something is about to happen at `gfn`: removals there whose reason is unknown are copied now.
+    /// Something is about to happen at `gfn`: removals there whose reason is unknown are made now, and what the host
+    /// asked for about it is done.
     pub(super) fn settle(&mut self, as_id: u8, gfn: u64) {
+        self.close_ages(&[SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + 1,
+        }]);
         let concerns = |thread: &Thread| {
             thread
-                .removed
+                .zapped
                 .iter()
-                .any(|(space, leaf)| *space == as_id && (leaf.gfn..leaf.end()).contains(&gfn))
+                .any(|r| r.as_id == as_id && (r.start..r.end).contains(&gfn))
         };
         let threads: Vec<u32> = self
             .threads
@@ -268,6 +281,25 @@ impl Story {
             .map(|(&t, _)| t)
             .collect();
         for t in threads {
+            self.close_activity(t);
+        }
+    }
+}
+
+impl Story {
+    /// What the host asked for about accessed bits in `ranges` is done, because they change otherwise now.
+    pub(super) fn close_ages(&mut self, ranges: &[SpaceRange]) {
+        let overlap = |a: &SpaceRange, b: &SpaceRange| {
+            a.as_id == b.as_id && a.start < b.end && b.start < a.end
+        };
+        let concerns = |thread: &Thread| {
+            thread
+                .age
+                .as_ref()
+                .is_some_and(|(aged, _)| aged.iter().any(|a| ranges.iter().any(|b| overlap(a, b))))
+        };
+        let threads = self.threads.iter().filter(|(_, thread)| concerns(thread));
+        for t in threads.map(|(&t, _)| t).collect::<Vec<_>>() {
             self.close_activity(t);
         }
     }

@@ -10,6 +10,9 @@ use std::collections::BTreeSet;
 
 /// Bytes of an entry of KVM's dirty rings.
 const DIRTY_RING_ENTRY: u64 = 16;
+/// Entries that the library's rings have at least and at most.
+const LEAST_RING: u64 = 1 << 16;
+const MOST_RING: u64 = 1 << 20;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
@@ -58,7 +61,9 @@ impl Story {
             }
             Op::ManualDirtyLog(bits) => self.log_flags = (bits & 1 != 0, bits & 3 == 3),
             Op::DirtyRing(bytes) => {
-                let entries = u32::try_from(bytes / DIRTY_RING_ENTRY).unwrap_or(0);
+                // Where KVM's is full, a vCPU only waits: no entry changes. The library's is never full.
+                let entries = (bytes / DIRTY_RING_ENTRY).clamp(LEAST_RING, MOST_RING);
+                let entries = entries.next_power_of_two() as u32;
                 self.steps.push(Step::DirtyRing(entries));
             }
             Op::NxHugePages(on) => {
@@ -175,6 +180,7 @@ impl Story {
         if ranges.is_empty() {
             return;
         }
+        self.close_ages(ranges);
         let mut owed = BTreeSet::new();
         for range in ranges {
             let leaves = self
