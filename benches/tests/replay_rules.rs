@@ -314,3 +314,24 @@ fn a_bit_that_is_set_where_it_should_be_cleared_is_unexplained() {
     // The change, and the library's own of the accessed bit alone, are one entry's.
     assert_eq!(changes_of(&found), (4, 3, 1));
 }
+
+/// Nobody asked for it: no log, no nested guest.
+#[test]
+fn a_page_that_is_protected_for_no_reason_is_unexplained() {
+    for bits in [0x2, 0x402] {
+        let mut trace = Trace::new();
+        trace.map_large().changed(2, 2, 0x200, LARGE, LARGE & !bits);
+        assert_eq!(changes_of(&trace.replay("no_reason")), (4, 3, 1));
+    }
+    let mut trace = Trace::new();
+    trace.map_large().changed(2, 2, 0x200, LARGE, NONE);
+    assert_eq!(changes_of(&trace.replay("removed")), (4, 3, 1));
+    // Aged, but not only aged.
+    let mut trace = Trace::new();
+    trace.map_large().event(
+        2,
+        r#""event":"kvm_age_hva","gfn_ranges":[{"as_id":0,"slot":1,"gfn_start":"0x200","gfn_end":"0x400"}]"#,
+    );
+    trace.changed(2, 2, 0x200, LARGE, LARGE & !0x22);
+    assert_eq!(changes_of(&trace.replay("aged_and_protected")), (4, 3, 1));
+}

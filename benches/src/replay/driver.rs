@@ -12,7 +12,7 @@ use super::ledger::{Class, Episode, Ledger};
 use super::processor::{PHYSICAL_BITS, Processor};
 use super::scenario::{Region, Scenario};
 use super::step::{SlotChange, Step};
-use super::trace::{ADDRESS_SPACES, SpaceRange};
+use super::trace::{ADDRESS_SPACES, SpaceRange, everything};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use tdp::{
@@ -28,7 +28,7 @@ mod observe;
 mod sweeps;
 
 use guest::Cpu;
-use observe::{Doing, everything};
+use observe::Doing;
 
 /// What stops a replay.
 pub type Stop = Box<dyn std::error::Error + Send + Sync>;
@@ -132,7 +132,6 @@ impl<F: Processor> Driver<F> {
             Step::DirtyLog { seq, op } => self.dirty_log(*seq, op)?,
             &Step::Sweep { as_id, gfn, level } => self.sweep(as_id, gfn, level)?,
             Step::Collapse(range) => self.collapse(range)?,
-            Step::Zap(ranges) => self.zap(ranges)?,
             &Step::TrackWrites { as_id, gfn } => self.track_writes(as_id, gfn)?,
             Step::Sync(range) => self.sync(range, expected)?,
             Step::Follow(rule, range) => self.follow(*rule, range, expected)?,

@@ -54,6 +54,8 @@ pub enum Place {
     Live(Space),
     /// Below a table or root that is being taken down.
     Detached,
+    /// The same, in a tree of nested guests.
+    Nested,
     /// Below a root that was given up for another one.
     GivenUp,
     /// Nowhere: nothing became nothing.
@@ -81,7 +83,7 @@ type Key = (Space, u64, u8);
 #[derive(Debug)]
 struct Detached {
     owner: u32,
-    as_id: u8,
+    space: Space,
     /// By level and first frame.
     entries: HashMap<(u8, u64), u64>,
 }
@@ -152,12 +154,12 @@ impl Expected {
             return Err(contradiction(change, Wrong::Unknown(change.new)));
         }
         if is_gone(to)
-            && let Some(owner) = self.remove_detached(thread, change)
+            && let Some((owner, space)) = self.remove_detached(thread, change)
         {
-            return applied(if owner == NOBODY {
-                Place::GivenUp
-            } else {
-                Place::Detached
+            return applied(match owner {
+                _ if space.is_nested() => Place::Nested,
+                NOBODY => Place::GivenUp,
+                _ => Place::Detached,
             });
         }
         if is_gone(from) && is_gone(to) {
@@ -205,10 +207,10 @@ impl Expected {
         }
     }
 
-    /// Removes the entry from what is detached, and tells who took that down. A thread looks at what it took down itself first.
-    fn remove_detached(&mut self, thread: u32, change: &Change) -> Option<u32> {
+    /// Removes the entry from what is detached, and tells who took that down and which tree it was of. A thread looks at what it took down itself first.
+    fn remove_detached(&mut self, thread: u32, change: &Change) -> Option<(u32, Space)> {
         let holds = |d: &Detached| {
-            d.as_id == change.as_id
+            d.space.as_id() == change.as_id
                 && d.entries
                     .get(&(change.level, change.gfn))
                     .is_some_and(|&now| is_same(now, change.old))
@@ -220,7 +222,7 @@ impl Expected {
         let index = own.or_else(|| self.detached.iter().position(holds))?;
         let detached = self.detached.get_mut(index)?;
         detached.entries.remove(&(change.level, change.gfn));
-        Some(detached.owner)
+        Some((detached.owner, detached.space))
     }
 
     fn has_parent(&self, space: Space, change: &Change) -> bool {
@@ -287,7 +289,7 @@ impl Expected {
         if !entries.is_empty() {
             self.detached.push(Detached {
                 owner,
-                as_id: space.as_id(),
+                space,
                 entries,
             });
         }
@@ -317,7 +319,7 @@ impl Expected {
             .collect();
         self.detached.push(Detached {
             owner,
-            as_id: space.as_id(),
+            space,
             entries,
         });
     }
@@ -341,7 +343,7 @@ impl Expected {
             for (&(level, gfn), &now) in &detached.entries {
                 if matches!(kind(now, level), Kind::Leaf | Kind::Table) {
                     left.push(Contradiction {
-                        as_id: detached.as_id,
+                        as_id: detached.space.as_id(),
                         level,
                         gfn,
                         what: Wrong::LeftBehind(now),

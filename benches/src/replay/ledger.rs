@@ -38,8 +38,6 @@ pub enum Class {
     Compared,
     /// The same, in the course of a fault.
     Fault,
-    /// It is no business of the library's.
-    Outside(Rule),
 }
 
 /// Number of an episode.
@@ -231,9 +229,9 @@ impl Ledger {
             let own = |(item, _): &mut (Item, _)| item.episode == episode;
             let mut recorded = Vec::new();
             for (item, rule) in account.copied.extract_if(.., own) {
-                match (rule, class) {
-                    (Some(rule), _) | (None, Class::Outside(rule)) => tally.explained(rule, 1),
-                    (None, Class::Compared | Class::Fault) => recorded.push(item),
+                match rule {
+                    Some(rule) => tally.explained(rule, 1),
+                    None => recorded.push(item),
                 }
             }
             recorded.extend(left);
@@ -252,17 +250,15 @@ impl Ledger {
                 // The library's own, which nobody recorded.
                 tally.total += 1;
             }
-            match class {
-                _ if count + extra == 0 => {}
-                // What the library did all the same is judged by itself.
-                Class::Outside(rule) if extra == 0 => tally.explained(rule, count),
-                _ => match leftover.rule() {
-                    Some(rule) => tally.explained(rule, count.max(1)),
-                    None => {
-                        tally.unexplained += count.max(1);
-                        differences.push(difference(seq.unwrap_or_default(), &leftover));
-                    }
-                },
+            if count + extra == 0 {
+                continue;
+            }
+            match leftover.rule() {
+                Some(rule) => tally.explained(rule, count.max(1)),
+                None => {
+                    tally.unexplained += count.max(1);
+                    differences.push(difference(seq.unwrap_or_default(), &leftover));
+                }
             }
         }
         differences

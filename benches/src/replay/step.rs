@@ -202,8 +202,6 @@ pub enum Operation {
     Collapse,
     /// The VM went away.
     Teardown,
-    /// Something was taken away for a reason that the trace does not tell.
-    Zap,
 }
 
 /// A change of memory slots.
@@ -311,8 +309,6 @@ pub enum Step {
     },
     /// Tables over a range may become large pages, where the host has large pages.
     Collapse(SpaceRange),
-    /// What is mapped in these ranges is taken away, for a reason that the trace does not tell.
-    Zap(Vec<SpaceRange>),
     /// Bring the library into the recorded state in this range, because it has no means of its own for the change.
     Sync(SpaceRange),
     /// The same, because a rule says that the library does otherwise.

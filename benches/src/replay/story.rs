@@ -65,6 +65,8 @@ struct Thread {
     /// Frames whose accessed bits the host asks for, and whether it clears them.
     age: Option<(Vec<SpaceRange>, bool)>,
     nested_paging: bool,
+    /// It ran nested guests: their hypervisor's tables may be tracked.
+    ran_nested: bool,
     left_nested: bool,
     /// It made a root for an address space that had one.
     fresh_root: bool,
@@ -199,6 +201,7 @@ impl Story {
             &Event::NestedEnter { nested_paging } => {
                 self.close(t, End::Went);
                 self.thread(t).nested_paging = nested_paging;
+                self.thread(t).ran_nested = true;
             }
             &Event::NestedExit { page_fault } => {
                 self.close(t, End::Went);
@@ -385,8 +388,8 @@ impl Story {
         if !removed.is_empty() && self.expected.maps_nothing() {
             self.teardown(t, removed);
         } else if !zapped.is_empty() {
-            self.by(t);
-            self.steps.push(Step::Zap(zapped));
+            // The episode will show it; what follows is to be comparable.
+            self.steps.extend(zapped.into_iter().map(Step::Sync));
         }
     }
 

@@ -204,7 +204,7 @@ impl<F: Processor> Driver<F> {
         let gfn = fault.gpa >> 12;
         let meets = match (fault.recorded, leaf) {
             (Recorded::Mapped | Recorded::Unchanged, Some(leaf)) => Meets::Page {
-                pfn: leaf.pfn() + (gfn - leaf.gfn),
+                pfn: leaf.pfn_of(gfn),
             },
             (Recorded::Mmio, None) if expected.is_mmio(Space::normal(fault.as_id), gfn) => {
                 Meets::Mmio

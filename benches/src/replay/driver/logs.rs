@@ -5,7 +5,7 @@
 //! after the library had been there, and before KVM was, is swept again when KVM comes to it: within a sweep, it is free
 //! which entries are looked at before a fault and which after.
 
-use super::observe::{Doing, everything};
+use super::observe::Doing;
 use super::{Driver, Stop, space};
 use crate::replay::entry::{Entry, Transition};
 use crate::replay::expect::Expected;
@@ -16,7 +16,7 @@ use crate::replay::rules::Rule;
 use crate::replay::scenario::{Op, PageRange};
 use crate::replay::spte;
 use crate::replay::step::{Answer, Operation};
-use crate::replay::trace::SpaceRange;
+use crate::replay::trace::{SpaceRange, everything};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use tdp::{DirtyPage, Gfn, Level, Perms, SlotId};

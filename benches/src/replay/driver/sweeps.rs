@@ -90,20 +90,6 @@ impl<F: Processor> Driver<F> {
         }
     }
 
-    /// Somebody takes away what is mapped in these ranges, with the tables that lie wholly in them.
-    pub(super) fn zap(&mut self, ranges: &[SpaceRange]) -> Result<(), Stop> {
-        self.machine()?;
-        self.observed(ranges, Doing::Library, |driver| {
-            for range in ranges {
-                let (as_id, gfns) = (space(range.as_id), driver.gfns(range));
-                driver.machine()?.mmu.zap(as_id, gfns).flush();
-            }
-            Ok(())
-        })?;
-        self.findings.operation(Operation::Zap, true);
-        Ok(())
-    }
-
     /// Writes to a frame are tracked from now on.
     pub(super) fn track_writes(&mut self, as_id: u8, gfn: u64) -> Result<(), Stop> {
         self.machine()?;

@@ -186,17 +186,6 @@ fn what_follows_the_record_by_a_rule_counts_there() {
 }
 
 #[test]
-fn what_is_outside_is_explained_unless_the_library_did_something() {
-    let outside = Class::Outside(Rule::NestedGuest);
-    let (mut ledger, mut tally) = (Ledger::default(), Transitions::default());
-    ledger.recorded(&mut tally, 1, 0, key(1), made(LEAF));
-    ledger.ours(&mut tally, 1, 0, key(2), made(LEAF));
-    assert_eq!(ledger.settle(&mut tally, 1, outside).len(), 1);
-    assert_eq!(tally.by_rule.get(&Rule::NestedGuest), Some(&1));
-    assert_eq!(tally.unexplained, 1);
-}
-
-#[test]
 fn episodes_are_settled_apart() {
     let (mut ledger, mut tally) = (Ledger::default(), Transitions::default());
     ledger.recorded(&mut tally, 1, 0, key(1), made(LEAF));

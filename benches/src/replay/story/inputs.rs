@@ -5,7 +5,7 @@ use crate::replay::expect::Space;
 use crate::replay::pending::Pending;
 use crate::replay::scenario::Op;
 use crate::replay::step::{Operation, SlotChange, Step};
-use crate::replay::trace::SpaceRange;
+use crate::replay::trace::{SpaceRange, everything};
 use std::collections::BTreeSet;
 
 /// Bytes of an entry of KVM's dirty rings.
@@ -16,6 +16,7 @@ const MOST_RING: u64 = 1 << 20;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
+        self.close_ages(None, &everything());
         let op = self
             .scenario
             .op(index)
@@ -150,6 +151,7 @@ impl Story {
     }
 
     pub(super) fn zap_all(&mut self, t: u32) {
+        self.close_ages(None, &everything());
         let slot = self.begin_slot_change_by(t, true);
         self.expected.detach_all(t);
         self.stamps.note_all(t, self.seq);
@@ -163,12 +165,7 @@ impl Story {
             self.by(t);
             self.steps.push(Step::InvalidateRoots);
         }
-        let everything = |as_id| SpaceRange {
-            as_id,
-            start: 0,
-            end: u64::MAX,
-        };
-        let ranges = vec![everything(0), everything(1)];
+        let ranges = everything();
         self.steps.push(Step::Verify {
             seq: self.seq,
             operation: Operation::InvalidateRoots,
@@ -180,7 +177,7 @@ impl Story {
         if ranges.is_empty() {
             return;
         }
-        self.close_ages(ranges);
+        self.close_ages(None, ranges);
         let mut owed = BTreeSet::new();
         for range in ranges {
             let leaves = self
