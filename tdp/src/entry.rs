@@ -24,7 +24,7 @@ use crate::event::{self, Site};
 use crate::nx;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Level, Spte};
-use tdp_rcu::sync::{Atomic, Backoff, Ordering};
+use tdp_rcu::sync::{Atomic, Backoff, Ordering, fill_unshared};
 
 /// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
 pub(crate) const TABLE_ENTRIES: usize = if cfg!(loom) {
@@ -59,12 +59,14 @@ impl TablePage {
         Some(EntryRef(entry, Site::UNKNOWN))
     }
 
-    /// Fills a page that no one else can reach yet.
-    pub(crate) fn fill(&self, mut value: impl FnMut(usize) -> Spte) {
-        for (index, entry) in self.entries.iter().enumerate() {
-            // Relaxed: the exchange that links this page publishes all of it (INV: publish-complete).
-            entry.store(value(index), Ordering::Relaxed);
-        }
+    /// Fills a page that no one else can reach yet: the caller owns its frame.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub(crate) fn fill(&self, value: impl FnMut(usize) -> Spte) {
+        // UNSAFETY: plain stores to atomics, half as long as atomic ones.
+        // SAFETY: nobody else has the frame: no entry leads to it before the exchange that links it, which publishes all of it
+        // (INV: publish-complete), and who was led to it before is past a grace period (INV: flush-before-reuse).
+        unsafe { fill_unshared(&self.entries, value) };
     }
 
     /// What the processor's page walker does to an entry: one atomic exchange of the whole word. For software that
@@ -228,6 +230,21 @@ pub(crate) fn install_leaf<F: Format>(
     tally.add(Stat::pages(level), 1);
     event::spte_changed::<F>(entry.site(), level, F::EMPTY, new);
     Ok(())
+}
+
+/// Exchanges `old`, a leaf of level 1 or an MMIO entry, for the empty pattern. The caller books the leaf. `Err` holds the
+/// value found instead.
+#[inline(always)]
+pub(crate) fn take_small<F: Format>(entry: EntryRef<'_>, old: Spte) -> Result<(), Spte> {
+    debug_assert!(
+        F::is_leaf(old, Level::L1) || F::mmio_entry(old).is_some(),
+        "{old:?} is nothing to take away"
+    );
+    // INV: volatile-atomic. Ordered as in `exchange`.
+    entry
+        .0
+        .compare_exchange(old, F::EMPTY, Ordering::AcqRel, Ordering::Acquire)
+        .map(drop)
 }
 
 /// Exchanges `old`, a leaf of `level`, for `new`, the same leaf with other permissions, accessed or dirty bits. `Err`

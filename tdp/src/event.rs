@@ -62,6 +62,13 @@ pub(crate) struct Site {
 #[cfg(not(feature = "tracing"))]
 const _: () = assert!(size_of::<Site>() == 0);
 
+#[cfg_attr(
+    not(feature = "tracing"),
+    allow(
+        clippy::needless_update,
+        reason = "without the feature there are no fields"
+    )
+)]
 impl Site {
     /// Of an entry that nobody has said of where it is.
     pub(crate) const UNKNOWN: Self = Self::new(AddressSpaceId(u8::MAX), Gfn(u64::MAX), Pfn(0));

@@ -107,7 +107,16 @@ pub(crate) fn children<F: Format>(old: Spte, level: Level) -> impl Fn(usize) -> 
     } else {
         unrestricted::<F>(old)
     };
-    move |index| F::split_child(parent, level, index)
+    // They differ in their frames only, so that a table is filled by additions.
+    let (first, step) = (
+        F::split_child(parent, level, 0),
+        level.below_or_leaf().bytes(),
+    );
+    move |index| {
+        let child = Spte(first.0 + index as u64 * step);
+        debug_assert_eq!(child, F::split_child(parent, level, index));
+        child
+    }
 }
 
 /// Books a change of the shared half as far as marked tables go.

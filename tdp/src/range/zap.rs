@@ -61,7 +61,8 @@ impl<F: Format, H: Host> Shared<F, H> {
     ) {
         let tally = &self.shards.sweeps;
         let mut visit = self.domain.visit();
-        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L1);
+        // The leaves of a table of level 1 are gone through in a loop of their own.
+        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L2);
         while let Some(step) = iter.next() {
             let (entry, level, covered) = (step.entry, step.level, step.range());
             let mut old = step.spte;
@@ -89,7 +90,62 @@ impl<F: Format, H: Host> Shared<F, H> {
                 pending.note(root.as_id, covered, true);
                 seal_subtree::<F, H>(self, pfn, below, tally, pending);
                 iter.skip_below();
+            } else if level == Level::L2 && F::is_table(old) {
+                let part = GfnRange {
+                    start: covered.start.max(range.start),
+                    end: covered.end.min(range.end),
+                };
+                self.zap_small(root.as_id, F::pfn(old), part, scope, pending);
+                iter.spend(part.pages() as u32);
             }
+        }
+    }
+
+    /// Zaps the entries of `part` in the table of level 1 at `pfn`, which was linked when its entry was read. If it is not
+    /// any more, they are sealed, and what stands in their place came after the zap began.
+    #[inline]
+    fn zap_small(
+        &self,
+        as_id: AddressSpaceId,
+        pfn: Pfn,
+        part: GfnRange,
+        scope: ZapScope,
+        pending: &mut PendingFlush<'_, F, H>,
+    ) {
+        let page = table::page(self.host.frames(), pfn);
+        let level = Level::L1;
+        // Booked once for the table: the counters of sweeps are shared.
+        let mut leaves = 0;
+        let mut zapped: Option<GfnRange> = None;
+        for number in part.start.0..part.end.0 {
+            let gfn = Gfn(number);
+            // The bit that makes a frame shared lies above this level.
+            let Some(entry) = page.get(level.index(gfn)) else {
+                break;
+            };
+            let mut old = entry.load();
+            loop {
+                let is_leaf = F::is_leaf(old, level);
+                if !is_leaf && (scope == ZapScope::Leaves || F::mmio_entry(old).is_none()) {
+                    break;
+                }
+                match entry::take_small::<F>(entry, old) {
+                    Ok(()) if is_leaf => {
+                        self.keep_dirty(as_id, gfn, level, old);
+                        leaves += 1;
+                        let end = Gfn(number + 1);
+                        zapped.get_or_insert(GfnRange { start: gfn, end }).end = end;
+                        break;
+                    }
+                    Ok(()) => break,
+                    Err(actual) => old = actual,
+                }
+            }
+        }
+        if let Some(zapped) = zapped {
+            self.shards.sweeps.add(Stat::pages(level), -leaves);
+            pending.count_leaves(leaves as u64);
+            pending.note(as_id, zapped, false);
         }
     }
 
