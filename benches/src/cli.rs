@@ -5,8 +5,9 @@
 
 use crate::report::{Error, Output};
 use crate::{
-    access_tracking_perf, demand_paging, interference, mmu_stress, pre_fault_memory,
-    private_faults, private_mem_conversions, replay, sweeps, vm_teardown,
+    access_tracking_perf, demand_paging, interference, memslot_modification_stress, memslot_perf,
+    mmu_stress, pre_fault_memory, private_faults, private_mem_conversions, replay, sweeps,
+    vm_teardown,
 };
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -45,6 +46,8 @@ enum Scenario {
     PrivateMemConversions(private_mem_conversions::Args),
     VmTeardown(vm_teardown::Args),
     AccessTrackingPerf(access_tracking_perf::Args),
+    MemslotPerf(memslot_perf::Args),
+    MemslotModificationStress(memslot_modification_stress::Args),
     MmuStress(mmu_stress::Args),
     Sweeps(sweeps::Args),
     Interference(interference::Args),
@@ -60,6 +63,8 @@ impl Scenario {
             Self::PrivateMemConversions(args) => private_mem_conversions::run(args, output),
             Self::VmTeardown(args) => vm_teardown::run(args, output),
             Self::AccessTrackingPerf(args) => access_tracking_perf::run(args, output),
+            Self::MemslotPerf(args) => memslot_perf::run(args, output),
+            Self::MemslotModificationStress(args) => memslot_modification_stress::run(args, output),
             Self::MmuStress(args) => mmu_stress::run(args, output),
             Self::Sweeps(args) => sweeps::run(args, output),
             Self::Interference(args) => interference::run(args, output),

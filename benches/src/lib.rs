@@ -11,6 +11,8 @@ pub mod confidential;
 pub mod demand_paging;
 pub mod formats;
 pub mod interference;
+pub mod memslot_modification_stress;
+pub mod memslot_perf;
 pub mod mmu_stress;
 pub mod ours;
 pub mod pre_fault_memory;

@@ -122,6 +122,16 @@ pub trait Sweeping: Contender {
         Ok(())
     }
 
+    /// Adds a slot that nobody uses, and removes it. What a lock stands in for is what a removal does under it: it looks for
+    /// what the slot maps, which is nothing.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn modify_slots(&self, unused: GfnRange) -> Result<(), Error> {
+        self.sweep::<Zap>(unused)
+    }
+
     /// Leaves of `gfns` to which a sweep would do something; of a split or a collapse, frames.
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64;
 
@@ -218,6 +228,16 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
         let _ = mmu.split(SPACE, gfns, Level::L1);
         let _ = mmu.collapse(SPACE, gfns).flush();
         Ok(())
+    }
+
+    fn modify_slots(&self, unused: GfnRange) -> Result<(), Error> {
+        let slots = self.mmu().slots();
+        let backing = tdp::LinearBacking::new(tdp::Pfn(unused.start.0), Level::L1);
+        let slot = tdp::Slot::new(unused, backing);
+        slots
+            .insert(slot)
+            .and_then(|id| slots.remove(SPACE, id))
+            .map_err(|e| Error::run("slots", e))
     }
 
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {

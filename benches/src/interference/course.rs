@@ -16,11 +16,13 @@ use tdp_arch::{Gfn, GfnRange};
 /// What the other thread does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Mix {
+pub(crate) enum Mix {
     /// Write protection and aging.
     ProtectAge,
     /// These, splitting and collapsing.
     All,
+    /// A slot elsewhere is added and removed.
+    Slots,
 }
 
 /// A lap ends after this time, how far it may have come: under some locks it would take minutes.
@@ -28,11 +30,18 @@ const LONGEST: Duration = Duration::from_millis(200);
 /// Faults between two looks at the clock in a lap that is timed as a whole.
 const BETWEEN_LOOKS: u64 = 64;
 
+/// Guest frames that no vCPU uses, below those that they do.
+const UNUSED: GfnRange = GfnRange {
+    start: Gfn(0x1000),
+    end: Gfn(0x1200),
+};
+
 /// What the vCPU tells the other thread.
 const NOTHING: u64 = 0;
 const PROTECT_AGE: u64 = 1;
 const ALL: u64 = 2;
-const END: u64 = 3;
+const SLOTS: u64 = 3;
+const END: u64 = 4;
 
 /// What is said, what was heard, and passes that are over.
 #[derive(Default)]
@@ -69,41 +78,42 @@ impl Drop for Dismissal<'_> {
 
 /// One contender under one mix, round by round.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct Row {
-    pub(super) name: &'static str,
-    pub(super) format: &'static str,
-    pub(super) mix: Option<Mix>,
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) format: &'static str,
+    pub(crate) mix: Option<Mix>,
     /// Faults of a whole lap.
-    pub(super) faults: u64,
+    pub(crate) faults: u64,
     /// Wall nanoseconds a fault, lap by lap.
-    pub(super) idle_ns: Vec<f64>,
-    pub(super) swept_ns: Vec<f64>,
+    pub(crate) idle_ns: Vec<f64>,
+    pub(crate) swept_ns: Vec<f64>,
     /// Passes over all of the memory, in all swept laps.
-    pub(super) passes: u64,
+    pub(crate) passes: u64,
     /// Nanoseconds that one fault in a thousand exceeds, and the longest.
-    pub(super) idle_p999_ns: Vec<u64>,
-    pub(super) swept_p999_ns: Vec<u64>,
-    pub(super) idle_max_ns: Vec<u64>,
-    pub(super) swept_max_ns: Vec<u64>,
+    pub(crate) idle_p999_ns: Vec<u64>,
+    pub(crate) swept_p999_ns: Vec<u64>,
+    pub(crate) idle_max_ns: Vec<u64>,
+    pub(crate) swept_max_ns: Vec<u64>,
     /// Times that the vCPU was taken off its processor in laps that count.
-    pub(super) preemptions: u64,
+    pub(crate) preemptions: u64,
     /// Table frames that did not come back.
     #[serde(skip)]
-    pub(super) leaked: u64,
+    pub(crate) leaked: u64,
 }
 
-/// Runs a contender under each of `mixes`.
+/// Runs a contender under each of `mixes`; the other thread sleeps for `between` after each pass.
 ///
 /// # Errors
 ///
 /// A fault or a sweep that failed, or a processor that a thread cannot be tied to.
-pub(super) fn run<C: Sweeping>(
+pub(crate) fn run<C: Sweeping>(
     contender: C,
     name: &'static str,
     mixes: &[Mix],
     gfns: GfnRange,
     rounds: u16,
     cpus: &[usize],
+    between: Duration,
 ) -> Result<Vec<Row>, Error> {
     let baton = Baton::default();
     let worker = contender.worker()?;
@@ -128,7 +138,7 @@ pub(super) fn run<C: Sweeping>(
             baton.agree(NOTHING);
             rows
         });
-        let sweeper = scope.spawn(move || sweep(contender, gfns, baton, cpus));
+        let sweeper = scope.spawn(move || sweep(contender, gfns, baton, cpus, between));
         let rows = join(vcpu);
         join(sweeper)?;
         rows
@@ -156,6 +166,7 @@ fn sweep<C: Sweeping>(
     gfns: GfnRange,
     baton: &Baton,
     cpus: &[usize],
+    between: Duration,
 ) -> Result<(), Error> {
     let mut outcome = pin(cpus, 1);
     loop {
@@ -170,11 +181,18 @@ fn sweep<C: Sweeping>(
             std::thread::sleep(Duration::from_micros(50));
             continue;
         }
-        outcome = contender
-            .sweep::<WriteProtect>(gfns)
-            .and_then(|()| contender.sweep::<Age>(gfns));
+        outcome = if said == SLOTS {
+            contender.modify_slots(UNUSED)
+        } else {
+            contender
+                .sweep::<WriteProtect>(gfns)
+                .and_then(|()| contender.sweep::<Age>(gfns))
+        };
         if said == ALL && outcome.is_ok() {
             outcome = contender.resize(gfns);
+        }
+        if !between.is_zero() {
+            std::thread::sleep(between);
         }
         baton.passes.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -196,6 +214,7 @@ impl<C: Sweeping> Runner<'_, C> {
         let swept = match mix {
             Mix::ProtectAge => PROTECT_AGE,
             Mix::All => ALL,
+            Mix::Slots => SLOTS,
         };
         let mut row = Row {
             name,

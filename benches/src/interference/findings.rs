@@ -53,11 +53,11 @@ fn name(row: &Row) -> &'static str {
 }
 
 impl Row {
-    fn rate_kept(&self) -> f64 {
+    pub(crate) fn rate_kept(&self) -> f64 {
         paired_ratio(&self.idle_ns, &self.swept_ns)
     }
 
-    fn worst(&self) -> f64 {
+    pub(crate) fn worst(&self) -> f64 {
         paired_ratio(&floats(&self.swept_p999_ns), &floats(&self.idle_p999_ns))
     }
 

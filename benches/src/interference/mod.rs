@@ -8,7 +8,7 @@
 //! * `course` has the threads and the laps;
 //! * `findings` makes ratios, tables and JSON of them.
 
-mod course;
+pub(crate) mod course;
 mod findings;
 
 use crate::baseline::Setup;
@@ -22,6 +22,7 @@ use crate::report::{Error, Output, Progress};
 use crate::size;
 use crate::sweeps::{memory, our_setup};
 use course::{Mix, Row};
+use std::time::Duration;
 use tdp::{Fault, FaultError, Level, Outcome, Vcpu};
 use tdp_arch::{Ept, Format, Gfn, Npt};
 
@@ -142,6 +143,7 @@ fn measure<F: Walked>(
         backing.gfns,
         rounds,
         cpus,
+        Duration::ZERO,
     )?);
     progress.step(format!("{} rwlock", F::NAME));
     rows.extend(course::run(
@@ -151,6 +153,7 @@ fn measure<F: Walked>(
         backing.gfns,
         rounds,
         cpus,
+        Duration::ZERO,
     )?);
     progress.step(format!("{} mutex", F::NAME));
     rows.extend(course::run(
@@ -160,6 +163,7 @@ fn measure<F: Walked>(
         backing.gfns,
         rounds,
         cpus,
+        Duration::ZERO,
     )?);
     progress.step(format!("{} table_lock", F::NAME));
     rows.extend(course::run(
@@ -169,6 +173,7 @@ fn measure<F: Walked>(
         backing.gfns,
         rounds,
         cpus,
+        Duration::ZERO,
     )?);
     rows.iter_mut().for_each(|row| row.format = F::NAME);
     Ok(rows)

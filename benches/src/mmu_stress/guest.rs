@@ -91,7 +91,7 @@ impl<'w, F: Walked> Guest<'w, F> {
             let fault = self.accesses();
             self.tlb.exit();
             // With more threads than processors this is the moment to be taken off one: nobody waits for a vCPU that is out.
-            if self.random.once_in(2) {
+            if self.random.once_in(8) {
                 std::thread::yield_now();
             }
             if let Some(fault) = fault {

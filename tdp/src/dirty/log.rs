@@ -90,6 +90,9 @@ impl<'a, F: Format, H: Host> DirtyLog<'a, F, H> {
     /// [`SlotFlags::LOG_MANUAL`] they stay, to be taken by [`clear`](DirtyLog::clear). The pages are to be read after the
     /// flush.
     ///
+    /// With [`DirtyTracking::DirtyBit`] it waits for faults and sweeps that began before; it must not be called from inside a
+    /// [`Batch`](crate::Batch) or a host callback.
+    ///
     /// # Errors
     ///
     /// [`DirtyLogError::WrongLength`] unless `bitmap` has [`words`](DirtyLog::words) words.
@@ -102,6 +105,8 @@ impl<'a, F: Format, H: Host> DirtyLog<'a, F, H> {
         let mut pending = PendingFlush::new(self.shared);
         if self.shared.dirty_tracking == DirtyTracking::DirtyBit {
             self.scan(&mut pending);
+            // A leaf that was taken away before the scan came by is marked by whoever took it, in the same visit or section.
+            self.shared.domain.synchronize();
         }
         if self.slot.flags().contains(SlotFlags::LOG_MANUAL) {
             for (word, marks) in bitmap.iter_mut().enumerate() {

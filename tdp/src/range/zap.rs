@@ -153,6 +153,8 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Seals everything below a root and the root itself, without flushing.
     pub(crate) fn seal_root(&self, root: &Root<H>, pending: &mut PendingFlush<'_, F, H>) {
         let tally = &self.shards.sweeps;
+        // Whoever collects a dirty log waits for what this takes away to be marked.
+        let _visit = self.domain.visit();
         Unlinked::of(&self.meta, root.pfn, root.limit()).was_root();
         seal_entries::<F, H>(self, root.pfn, root.level, tally, pending);
         self.meta.set_state(root.pfn, TableState::Sealed);
