@@ -251,7 +251,7 @@ fn phases<F: Walked>(world: &World<F>, args: &Args) -> Result<Phases, Error> {
                 .iter_mut()
                 .map(|guest| scope.spawn(|| guest.touch_all(world.gfns, access)))
                 .collect();
-            threads.into_iter().map(join).collect::<Result<(), Gfn>>()
+            threads.into_iter().try_for_each(join)
         });
         outcome
             .map(|()| begin.elapsed())
