@@ -14,6 +14,7 @@ pub mod interference;
 pub mod memslot_modification_stress;
 pub mod memslot_perf;
 pub mod mmu_stress;
+pub mod nx_huge_pages_perf;
 pub mod ours;
 pub mod pre_fault_memory;
 pub mod private_faults;

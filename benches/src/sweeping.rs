@@ -132,6 +132,17 @@ pub trait Sweeping: Contender {
         self.sweep::<Zap>(unused)
     }
 
+    /// One step of the recovery of large pages: takes one in `ratio` of the tables away that stand for a fetch only. A contender
+    /// that knows no such tables zaps as much of `gfns`.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn recover(&self, gfns: GfnRange, ratio: u64) -> Result<(), Error> {
+        let end = Gfn(gfns.start.0 + gfns.pages() / ratio.max(1));
+        self.sweep::<Zap>(GfnRange { end, ..gfns })
+    }
+
     /// Leaves of `gfns` to which a sweep would do something; of a split or a collapse, frames.
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64;
 
@@ -227,6 +238,13 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
         // A split that found no frame for a table has left the rest as it was, which is as good here.
         let _ = mmu.split(SPACE, gfns, Level::L1);
         let _ = mmu.collapse(SPACE, gfns).flush();
+        Ok(())
+    }
+
+    fn recover(&self, gfns: GfnRange, ratio: u64) -> Result<(), Error> {
+        let tables = gfns.pages() / Level::L2.pages() / ratio.max(1);
+        let limit = usize::try_from(tables.max(1)).unwrap_or(usize::MAX);
+        drop(self.mmu().recover_nx(limit).flush());
         Ok(())
     }
 

@@ -23,6 +23,8 @@ pub(crate) enum Mix {
     All,
     /// A slot elsewhere is added and removed.
     Slots,
+    /// Large pages are recovered, one in so many at a time.
+    Recover(u16),
 }
 
 /// A lap ends after this time, how far it may have come: under some locks it would take minutes.
@@ -42,6 +44,8 @@ const PROTECT_AGE: u64 = 1;
 const ALL: u64 = 2;
 const SLOTS: u64 = 3;
 const END: u64 = 4;
+/// From here on: recover, one in so many.
+const RECOVER: u64 = 5;
 
 /// What is said, what was heard, and passes that are over.
 #[derive(Default)]
@@ -183,6 +187,8 @@ fn sweep<C: Sweeping>(
         }
         outcome = if said == SLOTS {
             contender.modify_slots(UNUSED)
+        } else if said >= RECOVER {
+            contender.recover(gfns, said - RECOVER)
         } else {
             contender
                 .sweep::<WriteProtect>(gfns)
@@ -215,6 +221,7 @@ impl<C: Sweeping> Runner<'_, C> {
             Mix::ProtectAge => PROTECT_AGE,
             Mix::All => ALL,
             Mix::Slots => SLOTS,
+            Mix::Recover(ratio) => RECOVER + u64::from(ratio),
         };
         let mut row = Row {
             name,

@@ -16,6 +16,7 @@ use crate::sweeping::{
     WriteProtect, Zap,
 };
 use crate::sys;
+use std::hint::black_box;
 use std::time::Instant;
 use tdp_arch::{AdBits, GfnRange, Level};
 
@@ -61,7 +62,11 @@ struct Seated<C: Sweeping> {
     worker: C::Worker,
     /// Whether its leaves are split and collapsed.
     resizes: bool,
+    other: Vec<u64>,
 }
+
+/// Words of memory that fill the caches: 64 MiB.
+const OTHER_MEMORY: usize = 8 << 20;
 
 impl<C: Sweeping> Seated<C> {
     /// Maps all of `gfns` anew, as written pages.
@@ -76,6 +81,15 @@ impl<C: Sweeping> Seated<C> {
         Ok(())
     }
 
+    /// Has other memory in the processor's caches.
+    fn evict(&mut self) {
+        self.other.resize(OTHER_MEMORY, 0);
+        for (word, n) in self.other.iter_mut().zip(0_u64..) {
+            *word = word.wrapping_add(n);
+        }
+        black_box(&self.other);
+    }
+
     fn run<K: Kind>(&mut self, gfns: GfnRange) -> Result<(Lap, u64), Error> {
         let mut missed = 0;
         // The floor's tables are neither split nor collapsed, only filled and emptied.
@@ -87,6 +101,10 @@ impl<C: Sweeping> Seated<C> {
             }
             if told {
                 missed += gfns.pages() - self.contender.left::<K>(gfns);
+            }
+            if K::SWEEP == Sweep::Split {
+                // New tables are in no cache, and the floor's must not be either.
+                self.evict();
             }
             let preemptions = sys::preemptions();
             let (cpu, start) = (sys::thread_time(), Instant::now());
@@ -149,6 +167,7 @@ impl Lane {
             contender,
             worker,
             resizes: name == OURS,
+            other: Vec::new(),
         });
         // So that no lap is the first: every table is there, and its memory has been touched.
         seat.fill::<Zap>(gfns)?;

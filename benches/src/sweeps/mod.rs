@@ -22,8 +22,9 @@ Measures sweeps of the library over memory that is mapped by pages of 4 KiB and 
 a dirty log by masks of 64 frames; splitting pages of 2 MiB, and collapsing them again. One thread, its processor time.
 
 'over the floor' is the library's time over that of one pass over the same entries with the compare-exchange that each
-needs, and nothing else: it cannot be below 1 by much. The floor of splitting is filling the same tables by plain stores. The other ratios are a baseline's time over the library's: above 1
-the library is faster. A sweep that leaves out a leaf fails the run.";
+needs, and nothing else: it cannot be below 1 by much. The floor of splitting is filling as many tables by plain stores;
+neither's are in a cache beforehand. The other ratios are a baseline's time over the library's: above 1 the library is
+faster. A sweep that leaves out a leaf fails the run.";
 
 const EXAMPLES: &str = "\
 Examples:
