@@ -7,7 +7,6 @@ use tdp::{Ept, Npt};
 use tdp_bench::replay::expect::Space;
 use tdp_bench::replay::findings::Findings;
 use tdp_bench::replay::processor::Processor;
-use tdp_bench::replay::rules::Rule;
 use tdp_bench::replay::step::{Operation, Recorded};
 use tdp_bench::replay::story::Story;
 use tdp_bench::replay::trace::{Event, Line};
@@ -50,27 +49,15 @@ fn assert_as_recorded(found: &Findings) {
         found.name
     );
     let changes = &found.transitions;
-    let (by_rule, not_yet) = (
-        changes.by_rule.values().sum::<u64>(),
-        changes.not_yet.values().sum::<u64>(),
-    );
-    // What a rule says of the library's own changes is beside the recorded ones.
-    let own = [Rule::MmioGoesWithItsTable].map(|rule| changes.by_rule.get(&rule).copied());
-    let own: u64 = own.into_iter().flatten().sum();
+    let by_rule: u64 = changes.by_rule.values().sum();
     assert_eq!(
-        changes.total + own,
-        changes.matched + by_rule + not_yet,
+        changes.total,
+        changes.matched + by_rule,
         "{}: {changes:?}",
         found.name
     );
-    assert_eq!(not_yet, 0, "{}: {changes:?}", found.name);
     let operations = found.operations;
-    assert_eq!(
-        operations.total,
-        operations.matched + operations.not_yet,
-        "{}",
-        found.name
-    );
+    assert_eq!(operations.total, operations.matched, "{}", found.name);
 }
 
 #[test]
@@ -122,10 +109,7 @@ fn every_fault_is_matched() {
 fn sweeps_are_made_and_matched() {
     let of = |name: &str, operation| {
         let found = run::<Npt>(&trace(name));
-        assert!(
-            found.transitions.not_yet.is_empty() && found.swept_again == 0,
-            "{name}"
-        );
+        assert_eq!(found.swept_again, 0, "{name}");
         let operations = found.operations_by_kind.get(&operation);
         operations.map_or(0, |tally| tally.matched)
     };

@@ -243,8 +243,9 @@ pub(crate) fn take_small<F: Format>(entry: EntryRef<'_>, old: Spte) -> Result<()
     // INV: volatile-atomic. Ordered as in `exchange`.
     entry
         .0
-        .compare_exchange(old, F::EMPTY, Ordering::AcqRel, Ordering::Acquire)
-        .map(drop)
+        .compare_exchange(old, F::EMPTY, Ordering::AcqRel, Ordering::Acquire)?;
+    event::spte_changed::<F>(entry.site(), Level::L1, old, F::EMPTY);
+    Ok(())
 }
 
 /// Exchanges `old`, a leaf of `level`, for `new`, the same leaf with other permissions, accessed or dirty bits. `Err`

@@ -8,8 +8,11 @@
 //! * *sealed*: the table was unlinked; walk again from the root;
 //! * a leaf that permits the access: spurious; one that does not: widened in place, never narrowed;
 //! * a larger leaf that does not permit the access: split into a table that translates alike, which needs no flush;
-//! * a table where a larger leaf is to go: exchanged for the leaf, then sealed, flushed and retired by the winner; unless it
-//!   stands there for a fetch ([`nx`]), when the leaf goes one level down.
+//! * a table where a larger leaf is to go: exchanged for the leaf, then sealed, flushed and retired by the winner, and the leaf
+//!   gets the accessed and dirty bits that the seal finds (INV: volatile-atomic). One that stands there for a fetch ([`nx`])
+//!   stays, and the leaf goes one level down; so does one below which something is permitted that the leaf would not permit,
+//!   because a fault narrows nothing, and one that maps anything at all where nobody waits for the leaf. What is installed
+//!   there after that look is taken away with the table, and comes back by its own fault.
 
 use crate::entry::{self, EntryRef, TABLE_ENTRIES};
 use crate::event::{self, Site};
@@ -21,7 +24,7 @@ use crate::stats::{Stat, Tally};
 use crate::table::{self, Place, TableCache, TableState};
 use crate::tlb::PendingFlush;
 use crate::vcpu::Context;
-use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Pfn, Spte};
+use tdp_arch::{Access, Format, Gfn, LeafAttrs, Level, Perms, Pfn, Spte};
 use tdp_rcu::sync::Backoff;
 
 /// Times that one fault starts over before the guest is asked to try again.
@@ -173,6 +176,14 @@ impl<F: Format, H: Host> Context<F, H> {
             // The guest fetches somewhere below: a smaller leaf instead.
             Next::Descend(F::pfn(old))
         } else if is_table {
+            let permitted = F::perms(F::leaf(
+                Pfn(0),
+                Level::L1,
+                LeafAttrs::memory(request.attrs.perms),
+            ));
+            if self.has_more(&request, permitted, F::pfn(old), level, request.pfn(level)) {
+                return Next::Descend(F::pfn(old));
+            }
             self.collapse(request, entry, level, old)
         } else {
             let leaf = request.leaf::<F>(level, request.attrs);
@@ -293,6 +304,42 @@ impl<F: Format, H: Host> Context<F, H> {
         }
     }
 
+    /// Whether there is something below a table that a leaf for `pfn` in its entry of `level` must not take away:
+    /// permissions beyond `permitted`, or, where nobody waits for the leaf, any leaf.
+    #[cold]
+    fn has_more(
+        &self,
+        request: &Request,
+        permitted: Perms,
+        table: Pfn,
+        level: Level,
+        pfn: Pfn,
+    ) -> bool {
+        let Some(below) = level.below() else {
+            return false;
+        };
+        let page = table::page(self.shared.host.frames(), table);
+        let mut index = 0;
+        while let Some(spte) = page.get(index).map(EntryRef::load) {
+            let part = Pfn(pfn.0 + index as u64 * below.pages());
+            let keeps = if F::is_leaf(spte, below) {
+                let shown = nx::unrestricted::<F>(spte);
+                let narrows = !permitted.contains(F::perms(shown))
+                    || (shown.0 & F::MMU_WRITABLE != 0 && !request.attrs.mmu_writable);
+                // Another page is no longer the guest's: its backing has changed.
+                request.prefetch || (narrows && F::leaf_pfn(spte, below) == part)
+            } else {
+                F::is_mmu_present(spte)
+                    && self.has_more(request, permitted, F::pfn(spte), below, part)
+            };
+            if keeps {
+                return true;
+            }
+            index += 1;
+        }
+        false
+    }
+
     /// Replaces a table by one large leaf.
     fn collapse(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         let leaf = request.leaf::<F>(level, request.attrs);
@@ -303,7 +350,10 @@ impl<F: Format, H: Host> Context<F, H> {
         let Some(below) = level.below() else {
             return Next::Again;
         };
-        seal_subtree::<F, H>(&self.shared, F::pfn(old), below, &*self.shard, &mut pending);
+        let harvest =
+            seal_subtree::<F, H>(&self.shared, F::pfn(old), below, &*self.shard, &mut pending);
+        self.shared
+            .inherit(entry, level, request.pfn(level), harvest);
         pending.note(self.as_id, level.range(request.gfn), true);
         pending.flush();
         self.shard.add(Stat::Collapses, 1);

@@ -52,10 +52,10 @@ struct Writer {
 }
 
 impl Invalidations {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(ended: u64) -> Self {
         Self {
             published: AtomicPtr::new(core::ptr::null_mut()),
-            ended: AtomicU64::new(0),
+            ended: AtomicU64::new(ended),
             writer: CachePadded::new(Mutex::new(Writer::default())),
         }
     }

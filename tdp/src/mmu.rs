@@ -89,6 +89,7 @@ pub struct MmuBuilder<F: Format, H: Host> {
     garbage_bound: usize,
     slot_removal: SlotRemoval,
     slot_generation: u64,
+    invalidation_sequence: u64,
     asymmetric_fences: bool,
     private_half: Option<Routing>,
     default_visibility: Visibility,
@@ -190,6 +191,13 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
+    /// Invalidations that count as ended before the first, for tests of large counts. The default is 0.
+    #[doc(hidden)]
+    pub fn invalidation_sequence(mut self, ended: u64) -> Self {
+        self.invalidation_sequence = ended;
+        self
+    }
+
     /// Makes faults cheaper by a fence, and grace periods (invalidation, slot changes, reclamation) dearer: they then
     /// interrupt every running thread of the process. The default is no. Linux with `std` only; elsewhere it changes
     /// nothing.
@@ -279,7 +287,7 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         Ok(Mmu {
             shared: Arc::new(Shared {
                 slots: SlotMap::new(self.slot_generation),
-                invalidations: Invalidations::new(),
+                invalidations: Invalidations::new(self.invalidation_sequence),
                 address_spaces: self.address_spaces,
                 physical_bits: self.physical_bits,
                 mmio_caching: self.mmio_caching,
@@ -440,6 +448,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             garbage_bound: 4096,
             slot_removal: SlotRemoval::default(),
             slot_generation: 0,
+            invalidation_sequence: 0,
             asymmetric_fences: false,
             private_half: None,
             default_visibility: Visibility::Shared,

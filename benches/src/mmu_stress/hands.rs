@@ -152,7 +152,7 @@ impl<F: Walked> Hand<'_, F> {
             Deed::Collapse => {
                 let end = Level::L2.range(Gfn(range.end.0 - 1)).end;
                 let start = Level::L2.align_down(range.start);
-                drop(mmu.collapse(SPACE, GfnRange { start, end }).flush());
+                let _ = mmu.collapse(SPACE, GfnRange { start, end }).flush();
             }
             Deed::RecoverNx => drop(mmu.recover_nx(4).flush()),
             Deed::SwitchNx => {
@@ -274,7 +274,7 @@ fn migrate<F: Walked>(world: &World<F>, mut random: Random) -> Result<Done, Erro
         let mut round = |copy: &mut [u64]| {
             let pending = log.collect(&mut bitmap).map_err(|e| failed(e.into()))?;
             let pending = if manual {
-                drop(pending.flush());
+                let _ = pending.flush();
                 log.clear(0, &bitmap).map_err(|e| failed(e.into()))?
             } else {
                 pending
@@ -290,9 +290,9 @@ fn migrate<F: Walked>(world: &World<F>, mut random: Random) -> Result<Done, Erro
             };
             if world.flaw == Some(Flaw::CopyFirst) {
                 take();
-                drop(pending.flush());
+                let _ = pending.flush();
             } else {
-                drop(pending.flush());
+                let _ = pending.flush();
                 take();
             }
             Ok::<u64, Error>(copied)

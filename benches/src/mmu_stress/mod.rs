@@ -5,7 +5,7 @@
 //! (`rw`). Then, for as long as is asked, vCPUs access memory at random, while the host moves pages, zaps, write-protects, ages,
 //! splits, collapses, recovers and switches non-executable large pages, makes roots obsolete, takes a slot away and brings it
 //! back, and copies what is written by the dirty log. A confidential guest is put through the same with conversions
-//! ([`private_mem_conversions`](crate::private_mem_conversions)). At last the obsolescence of the root of a large sparse
+//! ([`crate::private_mem_conversions`]). At last the obsolescence of the root of a large sparse
 //! guest is timed.
 //!
 //! * `homes` is guest memory that knows whose it is; `world` what threads share;
@@ -251,7 +251,7 @@ fn phases<F: Walked>(world: &World<F>, args: &Args) -> Result<Phases, Error> {
                 .iter_mut()
                 .map(|guest| scope.spawn(|| guest.touch_all(world.gfns, access)))
                 .collect();
-            threads.into_iter().map(join).collect::<Result<(), Gfn>>()
+            threads.into_iter().try_for_each(join)
         });
         outcome
             .map(|()| begin.elapsed())

@@ -155,7 +155,7 @@ impl Pending {
         if let (Recorded::Unchanged, Answer::Failed, Some(leaf)) = (recorded, answer, after) {
             // Found as wanted before the host was asked; the library asks first.
             answer = Answer::Mapped {
-                pfn: leaf.pfn() + (self.gfn() - leaf.gfn),
+                pfn: leaf.pfn_of(self.gfn()),
                 level: leaf.level,
                 writable: leaf.is_host_writable(),
             };
@@ -186,7 +186,7 @@ impl Pending {
             return Conclusion::Outside(Rule::NestedGuest);
         }
         if let Some(leaf) = leaf.filter(|leaf| self.code.is_write() && leaf.is_tracked()) {
-            let pfn = leaf.pfn() + (self.gfn() - leaf.gfn);
+            let pfn = leaf.pfn_of(self.gfn());
             let answer = Answer::Mapped {
                 pfn,
                 level: leaf.level,
@@ -207,7 +207,7 @@ impl Pending {
             None if end == End::Error => (Answer::Failed, Recorded::Failed),
             // The host would not be asked to write to such a slot; what it says otherwise must not matter.
             None if read_only && self.code.is_write() => {
-                let pfn = leaf.map_or(0, |leaf| leaf.pfn() + (self.gfn() - leaf.gfn));
+                let pfn = leaf.map_or(0, |leaf| leaf.pfn_of(self.gfn()));
                 (
                     Answer::Mapped {
                         pfn,

@@ -164,18 +164,6 @@ pub struct Fault {
     pub recorded: Recorded,
 }
 
-/// Why a fault or an operation cannot be compared before the library has the sweep that it belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NotYet {
-    /// Entries removed for a reason that the trace does not tell.
-    Removal,
-    /// Another change that no fault made.
-    OtherSweep,
-    /// Copied from the record together with something that could not be compared.
-    Copied,
-}
-
 /// An operation on the whole MMU, for the count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -214,8 +202,6 @@ pub enum Operation {
     Collapse,
     /// The VM went away.
     Teardown,
-    /// Something that a later sweep does.
-    Sweep,
 }
 
 /// A change of memory slots.
@@ -323,8 +309,6 @@ pub enum Step {
     },
     /// Tables over a range may become large pages, where the host has large pages.
     Collapse(SpaceRange),
-    /// An operation that cannot be compared yet.
-    NotYetOperation(NotYet),
     /// Bring the library into the recorded state in this range, because it has no means of its own for the change.
     Sync(SpaceRange),
     /// The same, because a rule says that the library does otherwise.

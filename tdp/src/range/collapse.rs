@@ -255,7 +255,7 @@ impl<F: Format, H: Host> Shared<F, H> {
 
     /// Gives what was harvested below a table to the leaf of `pfn` that stands in its place, or to what that has been split
     /// into since. If another page is there by now, it had been taken away with all that was known of it.
-    fn inherit(&self, entry: EntryRef<'_>, level: Level, pfn: Pfn, harvest: Harvest) {
+    pub(crate) fn inherit(&self, entry: EntryRef<'_>, level: Level, pfn: Pfn, harvest: Harvest) {
         let mut now = entry.load();
         while F::is_leaf(now, level) {
             let heir = harvest.given_to::<F>(now);

@@ -23,7 +23,7 @@ use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn};
 /// Frames got at a time: enough that beginning a visit costs little beside them, few enough that it ends soon.
 const BATCH: u64 = 128;
 /// Rounds of driving reclamation before an allocation gives up.
-const RECLAIM_ROUNDS: usize = 64;
+const RECLAIM_ROUNDS: usize = 128;
 
 /// What a split did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

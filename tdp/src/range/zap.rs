@@ -7,7 +7,7 @@
 //! fault may fill the hole again while all that goes on.
 
 use crate::entry::{self, EntryRef};
-use crate::event::{self, Unlinked};
+use crate::event::{self, Site, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -123,6 +123,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             let Some(entry) = page.get(level.index(gfn)) else {
                 break;
             };
+            let entry = entry.at(Site::new(as_id, gfn, pfn));
             let mut old = entry.load();
             loop {
                 let is_leaf = F::is_leaf(old, level);

@@ -178,13 +178,24 @@ impl Tree {
         }
         self.link(new.gfn, goal);
         let start = first(new.gfn, goal);
+        let mut made = new.leaf();
         if let Some(below) = goal.below()
             && self.tables.contains(&(below, start))
         {
+            for (&at, leaf) in self.leaves.range(start..start + goal.pages()) {
+                let same = leaf.pfn == made.pfn + (at - start);
+                let narrowed =
+                    !made.perms.contains(leaf.perms) || (leaf.writable && !made.writable);
+                if new.prefetch || (same && narrowed) {
+                    return self.install(Install { goal: below, ..new });
+                }
+                made.accessed |= leaf.accessed;
+                made.dirty |= leaf.dirty;
+            }
             self.unlink(below, start);
         }
         self.mmio.remove(&start);
-        self.leaves.insert(start, new.leaf());
+        self.leaves.insert(start, made);
         Installed::Fixed(goal)
     }
 

@@ -56,6 +56,7 @@ pub(crate) struct RigSetup {
     pub(crate) eager_split: bool,
     pub(crate) slot_removal: SlotRemoval,
     pub(crate) slot_generation: u64,
+    pub(crate) invalidation_sequence: u64,
 }
 
 impl Default for RigSetup {
@@ -72,6 +73,7 @@ impl Default for RigSetup {
             eager_split: true,
             slot_removal: SlotRemoval::default(),
             slot_generation: 0,
+            invalidation_sequence: 0,
         }
     }
 }
@@ -97,6 +99,7 @@ impl<F: Processor> Rig<F> {
             .eager_split(setup.eager_split)
             .slot_removal(setup.slot_removal)
             .slot_generation(setup.slot_generation)
+            .invalidation_sequence(setup.invalidation_sequence)
             .build()
             .expect("a possible set-up");
         Self {

@@ -1,6 +1,5 @@
 //! Comparing what the library maps with what is recorded: one frame, a range, everything.
 
-use super::observe::everything;
 use super::{Driver, Stop, space};
 use crate::replay::entry::Entry;
 use crate::replay::expect::{Expected, Space};
@@ -9,7 +8,7 @@ use crate::replay::ledger::Class;
 use crate::replay::processor::Processor;
 use crate::replay::spte::Leaf;
 use crate::replay::step::Operation;
-use crate::replay::trace::{ADDRESS_SPACES, SpaceRange};
+use crate::replay::trace::{ADDRESS_SPACES, SpaceRange, everything};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use tdp::{Gfn, Level};

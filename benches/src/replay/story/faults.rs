@@ -79,7 +79,7 @@ impl Story {
         let gfn = fault.gfn();
         let meets = match self.expected.leaf_at(fault.space, gfn) {
             Some(leaf) if fault.code.passes(&leaf) => Meets::Page {
-                pfn: leaf.pfn() + (gfn - leaf.gfn),
+                pfn: leaf.pfn_of(gfn),
             },
             Some(_) => Meets::Forbidden,
             None if self.expected.is_mmio(fault.space, gfn) => Meets::Mmio,
@@ -210,15 +210,9 @@ impl Story {
         self.faults_since_compare += 1;
         self.by(t);
         match conclusion {
-            Conclusion::Outside(rule) => {
-                self.thread(t).class = Class::Outside(rule);
-                self.steps.push(Step::OutsideFault(rule));
-            }
+            Conclusion::Outside(rule) => self.steps.push(Step::OutsideFault(rule)),
             Conclusion::Compare(answer, recorded) => {
-                let class = &mut self.thread(t).class;
-                if *class == Class::Compared {
-                    *class = Class::Fault;
-                }
+                self.thread(t).class = Class::Fault;
                 self.steps.push(Step::Fault(fault.step(answer, recorded)));
             }
         }
@@ -262,7 +256,9 @@ impl Story {
                 .note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
             self.changed_since_compare = true;
         }
-        let open = self.thread(t).fault.filter(|fault| !fault.concluded);
+        let fault = self.thread(t).fault;
+        let open =
+            fault.filter(|f| !f.concluded && f.lies_in(space.as_id(), gfn, gfn + pages(level)));
         if let Some(fault) = open.filter(|_| fast.fixed || fast.spurious) {
             let after = self.expected.leaf_at(space, gfn);
             if fast.fixed {
