@@ -9,6 +9,7 @@ pub mod baseline;
 pub mod cli;
 pub mod confidential;
 pub mod demand_paging;
+pub mod dirty_log_perf;
 pub mod formats;
 pub mod interference;
 pub mod memslot_modification_stress;
