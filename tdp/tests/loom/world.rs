@@ -459,7 +459,7 @@ impl World {
     /// Frees what may be freed, waiting for no section. Each insertion of a slot retires the map before it; the second
     /// passes the mark at which the domain is driven again.
     pub(crate) fn drive(&self) {
-        for gfn in [FIRST.end, Gfn(FIRST.end.0 + 1)] {
+        for gfn in [ALL.end, Gfn(ALL.end.0 + 1)] {
             let slot = Slot::new(only(gfn), Backing::new());
             self.mmu.slots().insert(slot).unwrap();
         }
