@@ -244,7 +244,7 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
     fn recover(&self, gfns: GfnRange, ratio: u64) -> Result<(), Error> {
         let tables = gfns.pages() / Level::L2.pages() / ratio.max(1);
         let limit = usize::try_from(tables.max(1)).unwrap_or(usize::MAX);
-        drop(self.mmu().recover_nx(limit).flush());
+        let _ = self.mmu().recover_nx(limit).flush();
         Ok(())
     }
 

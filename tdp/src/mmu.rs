@@ -16,7 +16,7 @@ use crate::stats::{Shards, Stat, Stats, Tally};
 use crate::table::TableMeta;
 use crate::teardown::{RootTeardown, SlotRemoval};
 use crate::tlb::PendingFlush;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{RECLAIM_ROUNDS, Vcpu};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::marker::PhantomData;
@@ -379,7 +379,12 @@ impl<F: Format, H: Host> Shared<F, H> {
             half,
             ad_bits,
         };
-        let (root, made) = self.roots.load::<F>(&self.host, &self.meta, key)?;
+        let load = || self.roots.load::<F>(&self.host, &self.meta, key);
+        let (root, made) = load().or_else(|_| {
+            // INV: bounded-garbage: frames that wait for a grace period are brought back first.
+            self.domain.drain(RECLAIM_ROUNDS);
+            load()
+        })?;
         if made {
             self.shards.sweeps.add(Stat::RootsMade, 1);
         }

@@ -27,7 +27,7 @@ const TABLES_PER_FAULT: usize = 5;
 /// Tables asked for at a time.
 const TOP_UP: usize = 16;
 /// Rounds of driving reclamation before an allocation gives up.
-const RECLAIM_ROUNDS: usize = 128;
+pub(crate) const RECLAIM_ROUNDS: usize = 128;
 
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
 ///

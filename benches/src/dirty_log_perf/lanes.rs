@@ -221,11 +221,10 @@ impl<F: Walked> Logged for OurLog<F> {
             let log = self.ours.mmu().dirty_log(SPACE, id);
             let log = log.map_err(|e| Error::run("dirty log", e))?;
             let marks = &mut bitmap[self.words(gfns)];
-            drop(
-                log.collect(marks)
-                    .map_err(|e| Error::run("dirty log", e))?
-                    .flush(),
-            );
+            let _ = log
+                .collect(marks)
+                .map_err(|e| Error::run("dirty log", e))?
+                .flush();
         }
         Ok(())
     }
@@ -235,11 +234,10 @@ impl<F: Walked> Logged for OurLog<F> {
             let log = self.ours.mmu().dirty_log(SPACE, id);
             let log = log.map_err(|e| Error::run("dirty log", e))?;
             let marks = &bitmap[self.words(gfns)];
-            drop(
-                log.clear(0, marks)
-                    .map_err(|e| Error::run("dirty log", e))?
-                    .flush(),
-            );
+            let _ = log
+                .clear(0, marks)
+                .map_err(|e| Error::run("dirty log", e))?
+                .flush();
         }
         Ok(())
     }

@@ -31,11 +31,15 @@ mod bitmap;
 mod log;
 mod mark;
 mod ring;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub(crate) use bitmap::DirtyBitmap;
 pub use log::{DirtyLog, DirtyLogError};
 pub(crate) use ring::DirtyRings;
 pub use ring::{DirtyPage, DirtyRing};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::SlotBitmap;
 
 /// How writes are noticed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

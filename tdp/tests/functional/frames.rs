@@ -106,6 +106,21 @@ both_formats! {
         assert_eq!(vcpu.fault(Fault::read(Gpa(0))), FIXED);
     }
 
+    /// INV: bounded-garbage. So are they by a vCPU that needs one for a root.
+    fn a_root_drives_reclamation<F>() {
+        let rig = rig_with::<F>(24);
+        let mut vcpu = rig.vcpu();
+        while rig.frames().allocated() < 24 {
+            let gfn = Gfn(rig.mmu.stats().tables * 512);
+            assert_eq!(vcpu.fault(Fault::read(gfn.address())), FIXED);
+        }
+        let tables = rig.mmu.stats().tables;
+        let all = Gfn(0)..Gfn(1 << 18);
+        assert_eq!(rig.mmu.zap(SPACE, all).tables() as u64, tables - 1);
+        assert_eq!(rig.frames().allocated(), 24, "nothing drives it yet");
+        assert!(vcpu.set_address_space(AddressSpaceId(1)).is_ok());
+    }
+
     /// INV: bounded-garbage. Frames that wait for a grace period are brought back by whoever needs one.
     fn whoever_needs_a_frame_drives_reclamation<F>() {
         let rig = rig_with::<F>(40);

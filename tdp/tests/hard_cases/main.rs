@@ -5,6 +5,7 @@ mod common;
 use tdp::{AddressSpaceId, FaultError, Level, Outcome};
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
+const OTHER: AddressSpaceId = AddressSpaceId(1);
 
 fn fixed(level: Level) -> Result<Outcome, FaultError> {
     Ok(Outcome::Fixed { level })
@@ -34,4 +35,7 @@ macro_rules! both_formats {
 }
 
 mod bits;
+mod flush;
+mod huge;
 mod prefault;
+mod roots;
