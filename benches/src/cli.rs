@@ -5,8 +5,9 @@
 
 use crate::report::{Error, Output};
 use crate::{
-    demand_paging, pre_fault_memory, private_faults, private_mem_conversions, replay, sweeps,
-    vm_teardown,
+    access_tracking_perf, demand_paging, dirty_log_perf, interference, memslot_modification_stress,
+    memslot_perf, mmu_stress, nx_huge_pages_perf, pre_fault_memory, private_faults,
+    private_mem_conversions, replay, sweeps, vm_teardown,
 };
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -44,7 +45,14 @@ enum Scenario {
     PrivateFaults(private_faults::Args),
     PrivateMemConversions(private_mem_conversions::Args),
     VmTeardown(vm_teardown::Args),
+    AccessTrackingPerf(access_tracking_perf::Args),
+    MemslotPerf(memslot_perf::Args),
+    MemslotModificationStress(memslot_modification_stress::Args),
+    NxHugePagesPerf(nx_huge_pages_perf::Args),
+    DirtyLogPerf(dirty_log_perf::Args),
+    MmuStress(mmu_stress::Args),
     Sweeps(sweeps::Args),
+    Interference(interference::Args),
     Replay(replay::Args),
 }
 
@@ -56,7 +64,14 @@ impl Scenario {
             Self::PrivateFaults(args) => private_faults::run(args, output),
             Self::PrivateMemConversions(args) => private_mem_conversions::run(args, output),
             Self::VmTeardown(args) => vm_teardown::run(args, output),
+            Self::AccessTrackingPerf(args) => access_tracking_perf::run(args, output),
+            Self::MemslotPerf(args) => memslot_perf::run(args, output),
+            Self::MemslotModificationStress(args) => memslot_modification_stress::run(args, output),
+            Self::NxHugePagesPerf(args) => nx_huge_pages_perf::run(args, output),
+            Self::DirtyLogPerf(args) => dirty_log_perf::run(args, output),
+            Self::MmuStress(args) => mmu_stress::run(args, output),
             Self::Sweeps(args) => sweeps::run(args, output),
+            Self::Interference(args) => interference::run(args, output),
             Self::Replay(args) => replay::run(args, output),
         }
     }

@@ -4,11 +4,18 @@
 //! in the same process and interleaved with it, what a user would otherwise write or take ([`baseline`]), because
 //! only ratios carry over from one machine to another. [`report`] is what the scenarios share towards the outside.
 
+pub mod access_tracking_perf;
 pub mod baseline;
 pub mod cli;
 pub mod confidential;
 pub mod demand_paging;
+pub mod dirty_log_perf;
 pub mod formats;
+pub mod interference;
+pub mod memslot_modification_stress;
+pub mod memslot_perf;
+pub mod mmu_stress;
+pub mod nx_huge_pages_perf;
 pub mod ours;
 pub mod pre_fault_memory;
 pub mod private_faults;

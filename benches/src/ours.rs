@@ -27,7 +27,7 @@ pub(crate) const RETRIES: u32 = 1 << 20;
 /// A format with its page walker.
 pub trait Walked: Format {
     /// The processor's walk of this format.
-    type Walker: Walker + Sync;
+    type Walker: Walker<Fault: Send> + Copy + std::fmt::Debug + Send + Sync + 'static;
 
     /// A walker of trees with a root of level `root`, with every page size. With [`AdBits::Software`] it keeps no accessed
     /// and dirty bits, if the processor can be told so.

@@ -38,6 +38,10 @@ pub enum Sweep {
     Track,
     /// Takes the leaf away.
     Zap,
+    /// Replaces leaves of 2 MiB by tables.
+    Split,
+    /// Replaces tables of level 1 by leaves of 2 MiB.
+    Collapse,
 }
 
 /// A sweep as a type.
@@ -55,6 +59,8 @@ pub trait Kind: Copy + Default + Debug + Send + Sync + 'static {
             Sweep::Age => without(F::ACCESSED),
             Sweep::Track => (!F::perms(spte).is_empty()).then(|| F::access_track(spte)),
             Sweep::Zap => (spte != F::EMPTY).then_some(F::EMPTY),
+            // Not done leaf by leaf.
+            Sweep::Split | Sweep::Collapse => None,
         }
     }
 }
@@ -80,7 +86,9 @@ kinds!(
     ClearMasks,
     Age,
     Track,
-    Zap
+    Zap,
+    Split,
+    Collapse
 );
 
 /// A contender whose memory can be swept while faults on it go on.
@@ -104,7 +112,38 @@ pub trait Sweeping: Contender {
     /// If the sweep is refused.
     fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error>;
 
-    /// Leaves of `gfns` to which a sweep would do something.
+    /// Splits the large leaves of `gfns` and collapses what can be; nothing for a contender that has neither.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn resize(&self, gfns: GfnRange) -> Result<(), Error> {
+        let _ = gfns;
+        Ok(())
+    }
+
+    /// Adds a slot that nobody uses, and removes it. What a lock stands in for is what a removal does under it: it looks for
+    /// what the slot maps, which is nothing.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn modify_slots(&self, unused: GfnRange) -> Result<(), Error> {
+        self.sweep::<Zap>(unused)
+    }
+
+    /// One step of the recovery of large pages: takes one in `ratio` of the tables away that stand for a fetch only. A contender
+    /// that knows no such tables zaps as much of `gfns`.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    fn recover(&self, gfns: GfnRange, ratio: u64) -> Result<(), Error> {
+        let end = Gfn(gfns.start.0 + gfns.pages() / ratio.max(1));
+        self.sweep::<Zap>(GfnRange { end, ..gfns })
+    }
+
+    /// Leaves of `gfns` to which a sweep would do something; of a split or a collapse, frames.
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64;
 
     /// The processor's own access: a walk, with the bits that it sets.
@@ -159,6 +198,10 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                 .set_flags(SPACE, SLOT, flags)
                 .map_err(|e| Error::run("tdp", e))?;
         }
+        if matches!(K::SWEEP, Sweep::Split | Sweep::Collapse) {
+            // Nothing waits for a grace period in the middle of it.
+            self.mmu().synchronize();
+        }
         Ok(())
     }
 
@@ -181,14 +224,48 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
             }
             Sweep::Age | Sweep::Track => drop(mmu.age(SPACE, gfns)),
             Sweep::Zap => drop(mmu.zap_leaves(SPACE, gfns).flush()),
+            Sweep::Split => drop(
+                mmu.split(SPACE, gfns, Level::L1)
+                    .map_err(|e| Error::run("tdp", e))?,
+            ),
+            Sweep::Collapse => drop(mmu.collapse(SPACE, gfns).flush()),
         }
         Ok(())
+    }
+
+    fn resize(&self, gfns: GfnRange) -> Result<(), Error> {
+        let mmu = self.mmu();
+        // A split that found no frame for a table has left the rest as it was, which is as good here.
+        let _ = mmu.split(SPACE, gfns, Level::L1);
+        let _ = mmu.collapse(SPACE, gfns).flush();
+        Ok(())
+    }
+
+    fn recover(&self, gfns: GfnRange, ratio: u64) -> Result<(), Error> {
+        let tables = gfns.pages() / Level::L2.pages() / ratio.max(1);
+        let limit = usize::try_from(tables.max(1)).unwrap_or(usize::MAX);
+        let _ = self.mmu().recover_nx(limit).flush();
+        Ok(())
+    }
+
+    fn modify_slots(&self, unused: GfnRange) -> Result<(), Error> {
+        let slots = self.mmu().slots();
+        let backing = tdp::LinearBacking::new(tdp::Pfn(unused.start.0), Level::L1);
+        let slot = tdp::Slot::new(unused, backing);
+        slots
+            .insert(slot)
+            .and_then(|id| slots.remove(SPACE, id))
+            .map_err(|e| Error::run("slots", e))
     }
 
     fn left<K: Kind>(&self, gfns: GfnRange) -> u64 {
         let mut left = 0;
         self.mmu().visit_leaves(SPACE, gfns, |leaf| {
-            left += u64::from(K::change::<F>(leaf.spte).is_some());
+            left += match K::SWEEP {
+                Sweep::Split if leaf.level > Level::L1 => leaf.level.pages(),
+                Sweep::Collapse if leaf.level == Level::L1 => 1,
+                _ => u64::from(K::change::<F>(leaf.spte).is_some()),
+            };
         });
         left
     }
@@ -223,5 +300,62 @@ impl<F: Walked, O: Operation> Sweeping for Ours<F, O> {
                 limit: self.mmu().host().frames_limit(),
             }),
         })
+    }
+}
+
+/// vCPUs that access memory of a contender as their processors do: walk, and fault where a walk ends in one.
+#[derive(Debug)]
+pub struct Touching<'c, C: Sweeping> {
+    /// Whose memory.
+    pub contender: &'c C,
+    /// The processor.
+    pub walker: &'c <C::Format as Walked>::Walker,
+    /// What they do.
+    pub access: Access,
+}
+
+/// Why an access never succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{access:?} at {gfn} never got through")]
+pub struct NeverThrough {
+    /// The frame.
+    pub gfn: Gfn,
+    /// What was tried.
+    pub access: Access,
+}
+
+impl<C: Sweeping> Contender for Touching<'_, C> {
+    type Worker = C::Worker;
+    type Failure = Error;
+
+    fn worker(&self) -> Result<C::Worker, Error> {
+        self.contender.worker()
+    }
+
+    fn resolve(&self, worker: &mut C::Worker, gfn: Gfn) -> Result<(), Error> {
+        for _ in 0..RETRIES {
+            let access = guest_access(self.access);
+            match self.contender.access(self.walker, gfn.address(), access) {
+                Ok(_) => return Ok(()),
+                Err(WalkError::Fault(fault)) => {
+                    let told = C::Format::raw_code(fault);
+                    let access = told.map_or(self.access, |raw| C::Format::fault_code(raw).access);
+                    self.contender
+                        .fault(worker, gfn, access)
+                        .map_err(Into::into)?;
+                }
+                Err(WalkError::Abort(_)) => break,
+            }
+        }
+        let access = self.access;
+        Err(Error::run("access", NeverThrough { gfn, access }))
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn translate(&self, gfn: Gfn) -> Option<crate::race::Translation> {
+        self.contender.translate(gfn)
     }
 }

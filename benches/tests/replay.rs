@@ -7,7 +7,7 @@ use tdp::{Ept, Npt};
 use tdp_bench::replay::expect::Space;
 use tdp_bench::replay::findings::Findings;
 use tdp_bench::replay::processor::Processor;
-use tdp_bench::replay::step::{NotYet, Operation, Recorded};
+use tdp_bench::replay::step::{Operation, Recorded};
 use tdp_bench::replay::story::Story;
 use tdp_bench::replay::trace::{Event, Line};
 use tdp_bench::replay::{replay, source};
@@ -44,17 +44,20 @@ fn assert_as_recorded(found: &Findings) {
     );
     assert_eq!(
         found.faults,
-        found.matched + found.not_yet + found.faults_by_rule.values().sum::<u64>(),
+        found.matched + found.faults_by_rule.values().sum::<u64>(),
         "{}",
+        found.name
+    );
+    let changes = &found.transitions;
+    let by_rule: u64 = changes.by_rule.values().sum();
+    assert_eq!(
+        changes.total,
+        changes.matched + by_rule,
+        "{}: {changes:?}",
         found.name
     );
     let operations = found.operations;
-    assert_eq!(
-        operations.total,
-        operations.matched + operations.not_yet,
-        "{}",
-        found.name
-    );
+    assert_eq!(operations.total, operations.matched, "{}", found.name);
 }
 
 #[test]
@@ -64,8 +67,8 @@ fn every_recording_is_as_recorded_on_both_formats() {
         assert_as_recorded(&npt);
         assert_as_recorded(&ept);
         assert_eq!(
-            (npt.matched, npt.not_yet),
-            (ept.matched, ept.not_yet),
+            (npt.matched, &npt.transitions),
+            (ept.matched, &ept.transitions),
             "{}",
             npt.name
         );
@@ -77,9 +80,9 @@ fn every_recording_is_as_recorded_on_both_formats() {
     }
 }
 
-/// What has no sweep in it must be matched entirely.
+/// The faults of each recording, all of them matched.
 #[test]
-fn nothing_is_put_off_where_there_is_no_sweep() {
+fn every_fault_is_matched() {
     let whole = [
         ("anon4k", 28),
         ("thp_2m", 10),
@@ -98,37 +101,23 @@ fn nothing_is_put_off_where_there_is_no_sweep() {
     for (name, faults) in whole {
         let found = run::<Npt>(&trace(name));
         assert_eq!((found.faults, found.matched), (faults, faults), "{name}");
-        assert_eq!(
-            found.operations.not_yet, 0,
-            "{name}: {:?}",
-            found.operations_not_yet
-        );
     }
 }
 
+/// Sweeps are the library's own: nothing is copied from the record, and hardly anything swept a second time.
 #[test]
-fn sweeps_are_put_off_and_never_matched() {
-    let put_off = [
-        ("dirty_4k", NotYet::DirtyLogging),
-        ("dirty_2m_lazy", NotYet::DirtyLogging),
-        ("nx_huge_pages", NotYet::NxHugePages),
-    ];
-    for (name, reason) in put_off {
+fn sweeps_are_made_and_matched() {
+    let of = |name: &str, operation| {
         let found = run::<Npt>(&trace(name));
-        assert!(
-            found.faults_not_yet.get(&reason).is_some_and(|&n| n > 0),
-            "{name}: {:?}",
-            found.faults_not_yet
-        );
-    }
-    let collapse = run::<Npt>(&trace("dirty_2m_lazy"));
-    assert_eq!(collapse.operations_not_yet.get(&NotYet::Collapse), Some(&1));
-    let sweeps = collapse
-        .operations_by_kind
-        .get(&Operation::Sweep)
-        .copied()
-        .unwrap_or_default();
-    assert_eq!((sweeps.matched, sweeps.unexplained), (0, 0));
+        assert_eq!(found.swept_again, 0, "{name}");
+        let operations = found.operations_by_kind.get(&operation);
+        operations.map_or(0, |tally| tally.matched)
+    };
+    assert_eq!(of("aging_damon", Operation::Age), 64);
+    assert_eq!(of("dirty_4k", Operation::GetDirtyLog), 4);
+    assert_eq!(of("dirty_2m_lazy", Operation::Collapse), 1);
+    assert_eq!(of("nx_huge_pages", Operation::RecoverNx), 2);
+    assert_eq!(of("nested_npt_4k", Operation::TrackWrites), 5);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::barrier;
 use crate::counters::{Batch, Counters, Tally};
 use crate::queue::Queue;
 use crate::section::{Home, Reader, Registry};
-use crate::sync::{Arc, AtomicBool, Backoff, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, Backoff, Mutex, Ordering, Pause};
 use crate::visit::{self, Visit};
 
 /// How often a drive moves the epoch on. A bag of garbage is dropped two advances after it was sealed; the first flush
@@ -189,11 +189,13 @@ impl<G: Send + 'static> Domain<G> {
     }
 
     fn drive_until(&self, attempts: usize, enough: impl Fn(usize) -> bool) -> usize {
-        let backoff = Backoff::new();
+        // A reader may be stopped in the middle of its section for as long as others have the processor: the wait grows to
+        // what that takes.
+        let mut pause = Pause::new();
         let mut freed = 0;
         for attempt in 0..attempts {
             if attempt > 0 {
-                backoff.snooze();
+                pause.wait();
             }
             freed += self.drive();
             if enough(freed) {

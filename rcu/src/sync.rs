@@ -77,6 +77,28 @@ pub fn as_u64<T: Pod>(atomic: &Atomic<T>) -> &AtomicU64 {
     atomic.bits()
 }
 
+/// Stores to atomics that nobody else can reach yet, by plain stores that the compiler may widen.
+///
+/// # Safety
+///
+/// No other thread accesses `atomics` until something that the caller does afterwards has published them.
+#[inline(always)]
+pub unsafe fn fill_unshared<T: Pod>(atomics: &[Atomic<T>], mut value: impl FnMut(usize) -> T) {
+    #[cfg(not(loom))]
+    {
+        let first = atomics.as_ptr().cast::<T>().cast_mut();
+        for index in 0..atomics.len() {
+            // SAFETY: (1) `Atomic<T>` is `repr(transparent)` over an `UnsafeCell` of a `T`, so the slice is one of `T`s that
+            // may be written; (2) `index` is inside it; (3) the caller promises that nobody races with it.
+            unsafe { first.add(index).write(value(index)) };
+        }
+    }
+    #[cfg(loom)]
+    for (index, atomic) in atomics.iter().enumerate() {
+        atomic.store(value(index), Ordering::Relaxed);
+    }
+}
+
 /// A mutual-exclusion lock for the control plane. Poison is ignored: what it guards here is left whole by every panic.
 pub struct Mutex<T>(RawMutex<T>);
 

@@ -15,13 +15,16 @@
 //! become since it was read, a frozen or sealed pattern, a table or an MMIO generation, in all of which the same bits mean
 //! something else.
 //!
+//! Each change is told of (`event.rs`): a reference to an entry says where it is, which costs nothing where nobody listens.
+//!
 //! Nothing here ever stores to a live entry without comparing: the processor may set accessed and dirty bits between
 //! any two instructions.
 
+use crate::event::{self, Site};
 use crate::nx;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Level, Spte};
-use tdp_rcu::sync::{Atomic, Backoff, Ordering};
+use tdp_rcu::sync::{Atomic, Backoff, Ordering, fill_unshared};
 
 /// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
 pub(crate) const TABLE_ENTRIES: usize = if cfg!(loom) {
@@ -52,15 +55,18 @@ impl TablePage {
     /// The entry at `index`, or `None` if there is none.
     #[inline(always)]
     pub(crate) fn get(&self, index: usize) -> Option<EntryRef<'_>> {
-        self.entries.get(index).map(EntryRef)
+        let entry = self.entries.get(index)?;
+        Some(EntryRef(entry, Site::UNKNOWN))
     }
 
-    /// Fills a page that no one else can reach yet.
-    pub(crate) fn fill(&self, mut value: impl FnMut(usize) -> Spte) {
-        for (index, entry) in self.entries.iter().enumerate() {
-            // Relaxed: the exchange that links this page publishes all of it (INV: publish-complete).
-            entry.store(value(index), Ordering::Relaxed);
-        }
+    /// Fills a page that no one else can reach yet: the caller owns its frame.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub(crate) fn fill(&self, value: impl FnMut(usize) -> Spte) {
+        // UNSAFETY: plain stores to atomics, half as long as atomic ones.
+        // SAFETY: nobody else has the frame: no entry leads to it before the exchange that links it, which publishes all of it
+        // (INV: publish-complete), and who was led to it before is past a grace period (INV: flush-before-reuse).
+        unsafe { fill_unshared(&self.entries, value) };
     }
 
     /// What the processor's page walker does to an entry: one atomic exchange of the whole word. For software that
@@ -87,9 +93,21 @@ impl TablePage {
 
 /// One entry of a table page.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct EntryRef<'a>(&'a Atomic<Spte>);
+pub(crate) struct EntryRef<'a>(&'a Atomic<Spte>, Site);
 
 impl EntryRef<'_> {
+    /// The same entry, with word of where it is.
+    #[inline(always)]
+    pub(crate) fn at(self, site: Site) -> Self {
+        Self(self.0, site)
+    }
+
+    /// Where it is.
+    #[inline(always)]
+    pub(crate) fn site(self) -> Site {
+        self.1
+    }
+
     /// The entry now.
     #[inline(always)]
     pub(crate) fn load(self) -> Spte {
@@ -146,9 +164,10 @@ impl EntryRef<'_> {
         }
     }
 
-    /// Puts the *sealed* pattern into an entry of an unlinked table and returns what it replaced, hardware's last
-    /// accessed and dirty bits included. Waits while the entry is frozen: its owner is about to store to it.
-    pub(crate) fn seal<F: Format>(self) -> Spte {
+    /// Puts the *sealed* pattern into an entry of an unlinked table of `level` and returns what it replaced, hardware's last
+    /// accessed and dirty bits included; the caller keeps the books. Waits while the entry is frozen: its owner is about to
+    /// store to it.
+    pub(crate) fn seal<F: Format>(self, level: Level) -> Spte {
         // INV: unlink-seals, volatile-atomic.
         let mut old = self.load_thawed::<F>();
         loop {
@@ -162,7 +181,10 @@ impl EntryRef<'_> {
                 .0
                 .compare_exchange(old, F::SEALED, Ordering::AcqRel, Ordering::Acquire)
             {
-                Ok(replaced) => return replaced,
+                Ok(replaced) => {
+                    event::spte_changed::<F>(self.site(), level, replaced, F::SEALED);
+                    return replaced;
+                }
                 Err(actual) => old = actual,
             }
         }
@@ -189,6 +211,7 @@ pub(crate) fn exchange<F: Format>(
         .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
     account::<F>(level, old, new, tally);
     nx::account::<F>(level, old, new, tally);
+    event::spte_changed::<F>(entry.site(), level, old, new);
     Ok(())
 }
 
@@ -205,6 +228,23 @@ pub(crate) fn install_leaf<F: Format>(
         .0
         .compare_exchange(F::EMPTY, new, Ordering::AcqRel, Ordering::Acquire)?;
     tally.add(Stat::pages(level), 1);
+    event::spte_changed::<F>(entry.site(), level, F::EMPTY, new);
+    Ok(())
+}
+
+/// Exchanges `old`, a leaf of level 1 or an MMIO entry, for the empty pattern. The caller books the leaf. `Err` holds the
+/// value found instead.
+#[inline(always)]
+pub(crate) fn take_small<F: Format>(entry: EntryRef<'_>, old: Spte) -> Result<(), Spte> {
+    debug_assert!(
+        F::is_leaf(old, Level::L1) || F::mmio_entry(old).is_some(),
+        "{old:?} is nothing to take away"
+    );
+    // INV: volatile-atomic. Ordered as in `exchange`.
+    entry
+        .0
+        .compare_exchange(old, F::EMPTY, Ordering::AcqRel, Ordering::Acquire)?;
+    event::spte_changed::<F>(entry.site(), Level::L1, old, F::EMPTY);
     Ok(())
 }
 
@@ -226,8 +266,9 @@ pub(crate) fn amend<F: Format>(
     // last one to change the entry did before is seen by this one.
     entry
         .0
-        .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
-        .map(drop)
+        .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
+    event::spte_changed::<F>(entry.site(), level, old, new);
+    Ok(())
 }
 
 /// Whether a leaf is one of the four that may be: not writable for the host; writable for the host only; for the MMU

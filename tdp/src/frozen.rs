@@ -10,6 +10,7 @@
 //! for entries of that table. Waits go downwards only, so they end.
 
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Site};
 use crate::host::AddressSpaceId;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Gfn, GfnRange, Level, Spte};
@@ -95,6 +96,7 @@ impl<'a> FrozenEntry<'a> {
     pub(crate) fn publish<F: Format>(self, new: Spte, tally: &impl Tally) {
         entry::account::<F>(self.place.level, self.old, new, tally);
         self.entry.thaw(new);
+        event::spte_changed::<F>(Site::private(self.place), self.place.level, self.old, new);
         core::mem::forget(self);
     }
 }
@@ -102,9 +104,10 @@ impl<'a> FrozenEntry<'a> {
 impl FrozenEntry<'_> {
     /// [`publish`](FrozenEntry::publish) of a leaf where nothing was.
     #[inline(always)]
-    pub(crate) fn publish_new(self, leaf: Spte, tally: &impl Tally) {
+    pub(crate) fn publish_new<F: Format>(self, leaf: Spte, tally: &impl Tally) {
         tally.add(Stat::pages(self.place.level), 1);
         self.entry.thaw(leaf);
+        event::spte_changed::<F>(Site::private(self.place), self.place.level, self.old, leaf);
         core::mem::forget(self);
     }
 }

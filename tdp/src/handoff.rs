@@ -179,7 +179,7 @@ impl<F: Format, H: Host> Context<F, H> {
         });
         match done {
             Ok(()) => {
-                frozen.publish_new(private_leaf::<F>(pfn, goal), &*self.shard);
+                frozen.publish_new::<F>(private_leaf::<F>(pfn, goal), &*self.shard);
                 Some(Step::Done(Outcome::Fixed { level: goal }))
             }
             Err(cause) => match self.failed(place, HandOffStep::Install, cause) {

@@ -15,6 +15,7 @@
 //!   there after that look is taken away with the table, and comes back by its own fault.
 
 use crate::entry::{self, EntryRef, TABLE_ENTRIES};
+use crate::event::{self, Site};
 use crate::fault::{Outcome, RetryReason};
 use crate::host::Host;
 use crate::nx;
@@ -101,13 +102,14 @@ impl<F: Format, H: Host> Context<F, H> {
         mut step: impl FnMut(EntryRef<'_>, Level, Spte) -> Next,
     ) -> Outcome {
         let root = &*self.root;
-        let mut page = root.page();
+        let (mut page, mut table) = (root.page(), root.pfn);
         let mut level = root.level;
         let mut restarts = 0;
         while restarts < RESTARTS {
             let Some(entry) = page.get(root.index(level, gfn)) else {
                 break;
             };
+            let entry = entry.at(Site::new(self.as_id, gfn, table));
             let old = entry.load();
             let next = if old == F::SEALED {
                 if root.is_obsolete() {
@@ -127,10 +129,11 @@ impl<F: Format, H: Host> Context<F, H> {
                 Next::Again => restarts += 1,
                 Next::Restart => {
                     restarts += 1;
-                    page = root.page();
+                    (page, table) = (root.page(), root.pfn);
                     level = root.level;
                 }
                 Next::Descend(pfn) => {
+                    table = pfn;
                     page = table::page(self.shared.host.frames(), pfn);
                     level = level.below_or_leaf();
                 }
@@ -185,7 +188,10 @@ impl<F: Format, H: Host> Context<F, H> {
         } else {
             let leaf = request.leaf::<F>(level, request.attrs);
             match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
-                Ok(()) => Next::Done(Outcome::Fixed { level }),
+                Ok(()) => {
+                    event::set_spte(entry.site(), level, leaf);
+                    Next::Done(Outcome::Fixed { level })
+                }
                 Err(_) => Next::Again,
             }
         }
@@ -291,6 +297,7 @@ impl<F: Format, H: Host> Context<F, H> {
         match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
             Ok(()) => {
                 self.shard.add(Stat::Upgrades, 1);
+                event::set_spte(entry.site(), level, leaf);
                 Next::Done(Outcome::Fixed { level })
             }
             Err(_) => Next::Again,
@@ -350,6 +357,7 @@ impl<F: Format, H: Host> Context<F, H> {
         pending.note(self.as_id, level.range(request.gfn), true);
         pending.flush();
         self.shard.add(Stat::Collapses, 1);
+        event::set_spte(entry.site(), level, leaf);
         Next::Done(Outcome::Fixed { level })
     }
 }

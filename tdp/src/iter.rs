@@ -11,6 +11,7 @@
 //! each once, in order; it always goes on by at least one entry between two yields.
 
 use crate::entry::{EntryRef, TABLE_ENTRIES, TablePage};
+use crate::event::Site;
 use crate::handoff::is_blocked;
 use crate::host::Host;
 use crate::root::Root;
@@ -153,7 +154,9 @@ impl<'v, 'd, F: Format, H: Host> TdpIter<'v, 'd, F, H> {
     /// The entry of `self.gfn` at `self.level`. A model checker's tables are short: past their end nothing is mapped.
     fn current(&self) -> Option<(Pfn, EntryRef<'v>)> {
         let (table, page) = self.path[usize::from(self.level.number()) - 1]?;
-        Some((table, page.get(self.root.index(self.level, self.gfn))?))
+        let entry = page.get(self.root.index(self.level, self.gfn))?;
+        let site = Site::new(self.root.as_id, self.gfn, table);
+        Some((table, entry.at(site)))
     }
 
     /// Goes on to the next entry. The step is valid until the next call.

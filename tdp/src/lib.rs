@@ -41,6 +41,7 @@ mod confidential;
 mod dirty;
 mod dump;
 mod entry;
+mod event;
 mod fault;
 mod frozen;
 mod handoff;
@@ -78,6 +79,8 @@ use range::zap as range_zap;
 
 pub use attributes::Visibility;
 pub use confidential::Phase;
+#[cfg(feature = "vm-memory")]
+pub use dirty::SlotBitmap;
 pub use dirty::{DirtyLog, DirtyLogError, DirtyPage, DirtyRing, DirtyTracking};
 pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;

@@ -17,6 +17,7 @@
 //! through.
 
 use crate::entry::{self, EntryRef};
+use crate::event;
 use crate::fault::{Fault, Outcome};
 use crate::host::{AddressSpaceId, Host};
 use crate::install::Next;
@@ -70,6 +71,7 @@ impl<F: Format, H: Host> Context<F, H> {
             }
             match entry::exchange::<F>(entry, level, old, spte, &*self.shard) {
                 Ok(()) => {
+                    event::mark_mmio(self.as_id, gfn, fault.access, generation);
                     self.forget_if_overtaken(entry, spte, generation);
                     Next::Done(mmio)
                 }

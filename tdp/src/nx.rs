@@ -18,6 +18,7 @@
 //! new policy, and what one that is late puts into an old one goes with it.
 
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
 use crate::mmu::{Mmu, Shared};
@@ -106,7 +107,16 @@ pub(crate) fn children<F: Format>(old: Spte, level: Level) -> impl Fn(usize) -> 
     } else {
         unrestricted::<F>(old)
     };
-    move |index| F::split_child(parent, level, index)
+    // They differ in their frames only, so that a table is filled by additions.
+    let (first, step) = (
+        F::split_child(parent, level, 0),
+        level.below_or_leaf().bytes(),
+    );
+    move |index| {
+        let child = Spte(first.0 + index as u64 * step);
+        debug_assert_eq!(child, F::split_child(parent, level, index));
+        child
+    }
 }
 
 /// Books a change of the shared half as far as marked tables go.
@@ -132,6 +142,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 for root in self.roots.of(as_id) {
                     let range = part.clone().into();
                     if left > 0 && !root.is_obsolete() {
+                        event::sweep("recover_nx", as_id, range);
                         self.recover_nx_in(&root, range, &mut left, &mut pending);
                     }
                 }

@@ -7,6 +7,7 @@
 //! the slow path; a small one is marked in the log as soon as it is writable. The exchange compares the whole entry: whoever changes it first wins, and the fault looks again.
 
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Site};
 use crate::fault::Outcome;
 use crate::host::Host;
 use crate::slots::{Slot, SlotFlags};
@@ -42,8 +43,11 @@ impl<F: Format, H: Host> Context<F, H> {
         old: Spte,
         access: Access,
     ) -> bool {
-        let done = repaired::<F>(old, access)
-            .is_some_and(|new| entry::amend::<F>(entry, level, old, new).is_ok());
+        let Some(new) = repaired::<F>(old, access) else {
+            return false;
+        };
+        let done = entry::amend::<F>(entry, level, old, new).is_ok();
+        event::fast_page_fault(entry.site(), level, access, old, new, done);
         if done {
             self.shard.add(Stat::Upgrades, 1);
             self.shard.add(Stat::Fixed, 1);
@@ -70,7 +74,9 @@ impl<F: Format, H: Host> Context<F, H> {
             if grants && is_logged && level > Level::L1 {
                 return None;
             }
-            if entry::amend::<F>(entry, level, old, new).is_ok() {
+            let done = entry::amend::<F>(entry, level, old, new).is_ok();
+            event::fast_page_fault(entry.site(), level, access, old, new, done);
+            if done {
                 if grants {
                     self.log_write(slot, gfn);
                 }
@@ -84,14 +90,16 @@ impl<F: Format, H: Host> Context<F, H> {
 
     /// Where the walk for `gfn` ends.
     fn last_entry(&self, gfn: Gfn) -> Option<(EntryRef<'_>, Level)> {
-        let mut page = self.root.page();
+        let (mut page, mut table) = (self.root.page(), self.root.pfn);
         let mut level = self.root.level;
         loop {
             let entry = page.get(self.root.index(level, gfn))?;
+            let entry = entry.at(Site::new(self.as_id, gfn, table));
             let spte = entry.load();
             match level.below().filter(|_| F::is_table(spte)) {
                 Some(below) => {
-                    page = table::page(self.shared.host.frames(), F::pfn(spte));
+                    table = F::pfn(spte);
+                    page = table::page(self.shared.host.frames(), table);
                     level = below;
                 }
                 None => return Some((entry, level)),

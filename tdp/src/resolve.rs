@@ -13,6 +13,7 @@
 
 use crate::attributes::Visibility;
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Site};
 use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
@@ -249,6 +250,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
         let mut attrs = self.ctx.leaf_attrs(mapping, perms, fault.prefetch);
         attrs.dirty &= !clean;
+        let first = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
+        event::spte_requested(self.ctx.as_id, gfn, goal, first);
         let request = Request {
             gfn,
             goal,
@@ -275,7 +278,7 @@ impl<F: Format, H: Host> Context<F, H> {
     ) -> Fast {
         let frames = self.shared.host.frames();
         let root = &*self.root;
-        let mut page = table::page(frames, root.pfn);
+        let (mut page, mut table) = (table::page(frames, root.pfn), root.pfn);
         // A loop over constants is unrolled, and each level's shift is one.
         for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
             if root.level >= level && goal < level {
@@ -285,18 +288,22 @@ impl<F: Format, H: Host> Context<F, H> {
                 if !F::is_table(spte) {
                     return Fast::GaveUp;
                 }
-                page = table::page(frames, F::pfn(spte));
+                table = F::pfn(spte);
+                page = table::page(frames, table);
             }
         }
         let Some(entry) = page.get(root.index(goal, gfn)) else {
             return Fast::GaveUp;
         };
+        let entry = entry.at(Site::new(self.as_id, gfn, table));
         let old = entry.load();
         if old == F::EMPTY {
             let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
             let leaf = F::leaf(pfn, goal, self.leaf_attrs(mapping, mapping.perms, prefetch));
+            event::spte_requested(self.as_id, gfn, goal, pfn);
             if entry::install_leaf::<F>(entry, goal, leaf, &*self.shard).is_ok() {
                 self.shard.add(Stat::Fixed, 1);
+                event::set_spte(entry.site(), goal, leaf);
                 return Fast::Fixed(goal);
             }
         } else if F::is_leaf(old, goal) && F::allows(old, access) {

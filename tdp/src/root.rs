@@ -24,6 +24,7 @@
 //! It mirrors a table that cannot be replaced, so it never becomes obsolete: it lives as long as the MMU.
 
 use crate::entry::TablePage;
+use crate::event;
 use crate::host::{AddressSpaceId, FrameSource, Host, MAX_ADDRESS_SPACES, OutOfFrames, SharedHost};
 use crate::table::{self, TableMeta, TableState};
 use alloc::sync::Arc;
@@ -111,6 +112,9 @@ const fn role(ad_bits: AdBits) -> usize {
 
 type Place<H> = Option<Arc<Root<H>>>;
 
+/// Room for the current roots of all address spaces and roles.
+pub(crate) type AllRoots<H> = [Place<H>; ROLES * MAX_ADDRESS_SPACES];
+
 struct Lists<H: Host> {
     current: [[Place<H>; ROLES]; MAX_ADDRESS_SPACES],
     private: [Place<H>; MAX_ADDRESS_SPACES],
@@ -197,6 +201,8 @@ impl<H: Host> RootSet<H> {
             return Ok((root, false));
         }
         *place = Some(new.clone());
+        drop(lists);
+        event::root_made(key.as_id, self.level, key.half == Half::Private);
         Ok((new, true))
     }
 
@@ -261,16 +267,17 @@ impl<H: Host> RootSet<H> {
         usual.or(roots.iter().flatten().next()).cloned()
     }
 
-    /// Makes all current roots obsolete and returns them. Constant time: there is one for each address space and role.
-    pub(crate) fn invalidate(&self) -> Vec<Arc<Root<H>>> {
-        let mut roots = Vec::with_capacity(ROLES * MAX_ADDRESS_SPACES);
+    /// Makes all current roots obsolete and returns them. Constant time, without an allocation: there is one for each address
+    /// space and role.
+    pub(crate) fn invalidate(&self) -> AllRoots<H> {
+        let mut roots = [const { None }; ROLES * MAX_ADDRESS_SPACES];
         let mut lists = self.lists.lock();
         let lists = &mut *lists;
         let current = lists.current.iter_mut().flatten();
-        for root in current.filter_map(Option::take) {
+        for (place, root) in roots.iter_mut().zip(current.filter_map(Option::take)) {
             root.obsolete.store(true, Ordering::Relaxed);
             lists.dying.push(root.clone());
-            roots.push(root);
+            *place = Some(root);
         }
         roots
     }

@@ -7,6 +7,7 @@
 use crate::protected::HandOffStep;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::cell::Cell;
 use tdp_arch::Level;
 use tdp_rcu::sync::{CachePadded, Mutex, Plain};
 
@@ -118,6 +119,39 @@ pub(crate) struct SharedShard(Shard);
 impl Tally for SharedShard {
     fn add(&self, stat: Stat, n: i64) {
         self.0.0[stat as usize].add_shared(n as u64);
+    }
+}
+
+/// Counts of a part of a sweep, added to a shared shard when it is dropped: what is shared is written once.
+pub(crate) struct Deferred<'a> {
+    counts: [Cell<i64>; STATS],
+    shard: &'a SharedShard,
+}
+
+impl<'a> Deferred<'a> {
+    pub(crate) fn new(shard: &'a SharedShard) -> Self {
+        Self {
+            counts: [const { Cell::new(0) }; STATS],
+            shard,
+        }
+    }
+}
+
+impl Tally for Deferred<'_> {
+    #[inline(always)]
+    fn add(&self, stat: Stat, n: i64) {
+        let count = &self.counts[stat as usize];
+        count.set(count.get().wrapping_add(n));
+    }
+}
+
+impl Drop for Deferred<'_> {
+    fn drop(&mut self) {
+        for (word, count) in self.shard.0.0.iter().zip(&self.counts) {
+            if count.get() != 0 {
+                word.add_shared(count.get() as u64);
+            }
+        }
     }
 }
 

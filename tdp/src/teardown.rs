@@ -13,15 +13,15 @@
 //! longer than it must (INV: bounded-garbage); at last the root itself is sealed, which also harvests what late faults
 //! put there. The root stays on the list of dying roots until then: a sweep of the host finds what is left.
 
+use crate::event;
 use crate::host::Host;
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
 use crate::range_zap::ZapScope;
-use crate::root::Root;
+use crate::root::{AllRoots, Root};
 use crate::stats::{Stat, Tally};
 use crate::tlb::PendingFlush;
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange, Level};
 
 /// How removing or moving a memory slot takes away what it maps.
@@ -40,8 +40,8 @@ pub enum SlotRemoval {
 #[must_use = "obsolete roots keep their tables until they are taken down"]
 pub struct RootTeardown<F: Format, H: Host> {
     shared: Arc<Shared<F, H>>,
-    /// The one being taken down is the last.
-    roots: Vec<Arc<Root<H>>>,
+    /// The one being taken down is the last that is there.
+    roots: AllRoots<H>,
     /// Where the last one's first piece that may map something begins.
     next: Gfn,
     /// No vCPU runs on any of them, or ever will.
@@ -53,7 +53,8 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
     pub(crate) fn begin(shared: &Arc<Shared<F, H>>) -> Self {
         let mut begun = Self::nothing(shared);
         begun.roots = shared.roots.invalidate();
-        let count = begun.roots.len() as i64;
+        event::zap_all_fast(begun.count());
+        let count = begun.count() as i64;
         shared.shards.sweeps.add(Stat::RootsInvalidated, count);
         begun
     }
@@ -62,10 +63,14 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
     pub(crate) fn nothing(shared: &Arc<Shared<F, H>>) -> Self {
         Self {
             shared: shared.clone(),
-            roots: Vec::new(),
+            roots: [const { None }; _],
             next: Gfn(0),
             left_by_all: false,
         }
+    }
+
+    fn count(&self) -> usize {
+        self.roots.iter().flatten().count()
     }
 
     /// Has the host make every vCPU leave them.
@@ -93,7 +98,7 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
         self.take_piece(&shared, pending, |pending| {
             pending.flush();
         });
-        !self.roots.is_empty()
+        self.count() > 0
     }
 
     /// Takes the trees down: seals every entry, flushes unless no vCPU can be affected, retires the tables.
@@ -107,7 +112,10 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
         mut pending: PendingFlush<'s, F, H>,
         or_else: impl FnOnce(PendingFlush<'s, F, H>),
     ) {
-        let Some(root) = self.roots.last() else {
+        let Some(place) = self.roots.iter_mut().rfind(|it| it.is_some()) else {
+            return;
+        };
+        let Some(root) = place else {
             return;
         };
         let piece = next_piece(shared, root, self.next);
@@ -131,7 +139,7 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
                 pending.flush();
                 shared.roots.buried(root);
                 self.next = Gfn(0);
-                self.roots.pop();
+                *place = None;
             }
         }
     }
@@ -167,7 +175,7 @@ impl<F: Format, H: Host> Drop for RootTeardown<F, H> {
         let shared = self.shared.clone();
         // One flush for each root.
         let mut held = None;
-        while !self.roots.is_empty() {
+        while self.count() > 0 {
             let pending = held.take().unwrap_or_else(|| PendingFlush::new(&shared));
             self.take_piece(&shared, pending, |pending| held = Some(pending));
         }
@@ -177,7 +185,7 @@ impl<F: Format, H: Host> Drop for RootTeardown<F, H> {
 impl<F: Format, H: Host> core::fmt::Debug for RootTeardown<F, H> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("RootTeardown")
-            .field("roots", &self.roots.len())
+            .field("roots", &self.count())
             .field("left_by_all", &self.left_by_all)
             .finish()
     }

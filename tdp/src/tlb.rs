@@ -5,7 +5,7 @@
 //! saw, and flushes its own TLB first if that is not the one of its last flush. So a vCPU that is outside when the epoch
 //! moves is not waited for, and yet never runs with what it cached before.
 
-use crate::host::{AddressSpaceId, FlushRequest, Host};
+use crate::host::{AddressSpaceId, FlushRequest, Host, MAX_ADDRESS_SPACES};
 use crate::mmu::Shared;
 use crate::reclaim::Retired;
 use crate::stats::{Stat, Tally};
@@ -32,11 +32,13 @@ impl Flushed {
 #[must_use = "what a sweep took away is still cached by vCPUs until it is flushed"]
 pub struct PendingFlush<'a, F: Format, H: Host> {
     shared: &'a Shared<F, H>,
-    request: Option<FlushRequest>,
+    /// One for each address space.
+    requests: [Option<FlushRequest>; MAX_ADDRESS_SPACES],
     pub(crate) tables: Vec<Pfn>,
     leaves: u64,
-    /// What the sweep covered, whatever it found there, if it may have found frames that others had emptied and not flushed.
-    covered: Option<(AddressSpaceId, GfnRange)>,
+    /// What the sweep covered in each address space, whatever it found there, if it may have found frames that others had
+    /// emptied and not flushed.
+    covered: [Option<GfnRange>; MAX_ADDRESS_SPACES],
     /// Sweeps that this is what is left of, each counted among the unflushed.
     open: u64,
 }
@@ -53,14 +55,14 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     /// Opened before the first entry is changed: whoever finds an entry empty that this sweep emptied also finds the
     /// sweep counted, for as long as it has not flushed.
     pub(crate) fn new(shared: &'a Shared<F, H>) -> Self {
-        // AcqRel: the exchanges that follow publish it; pairs with the Acquire in `is_shared_with_others`.
+        // AcqRel: the exchanges that follow publish it; pairs with the Acquire in `has_others`.
         shared.unflushed.fetch_add(1, Ordering::AcqRel);
         Self {
             shared,
-            request: None,
+            requests: [None; MAX_ADDRESS_SPACES],
             tables: Vec::new(),
             leaves: 0,
-            covered: None,
+            covered: [None; MAX_ADDRESS_SPACES],
             open: 1,
         }
     }
@@ -70,51 +72,48 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     /// flush is asked now, because one that begins later emptied nothing before, and once more when this one flushes: one
     /// that has flushed by then did it after it emptied what this sweep found, and one that was absorbed is this one.
     pub(crate) fn settle(&mut self, as_id: AddressSpaceId, range: GfnRange) {
-        if self.shared.unflushed.load(Ordering::Acquire) > self.open {
+        if self.has_others() {
             self.cover(as_id, range);
         }
+    }
+
+    /// Whether a sweep or fault that is no part of this one has yet to flush.
+    fn has_others(&self) -> bool {
+        self.shared.unflushed.load(Ordering::Acquire) > self.open
     }
 
     fn cover(&mut self, as_id: AddressSpaceId, range: GfnRange) {
-        let (_, covered) = self.covered.get_or_insert((as_id, range));
-        *covered = hull(*covered, range);
+        // There is nothing in a space that there is not.
+        if let Some(covered) = self.covered.get_mut(usize::from(as_id.0)) {
+            *covered = Some(covered.map_or(range, |before| hull(before, range)));
+        }
     }
 
-    /// Whether a sweep or fault that is no part of this one has yet to flush what this one may have found gone.
-    fn is_shared_with_others(&self) -> bool {
-        self.covered.is_some() && self.shared.unflushed.load(Ordering::Acquire) > self.open
-    }
-
-    /// Takes over what another sweep has left to be flushed, so that one flush does for both. Nothing that either noted
-    /// is forgotten. What cannot be told by one request, because it is of another address space or another MMU, is flushed
-    /// at once.
+    /// Takes over what another sweep has left to be flushed, so that one flush for each address space does for both. Nothing
+    /// that either noted is forgotten. What another MMU's sweep has left is flushed at once.
     pub fn absorb(&mut self, mut other: Self) {
-        let apart = match (self.space(), other.space()) {
-            (Some(ours), Some(theirs)) => ours != theirs,
-            _ => false,
-        };
         self.leaves += other.leaves;
-        if apart || !core::ptr::eq(self.shared, other.shared) {
+        if !core::ptr::eq(self.shared, other.shared) {
             return other.run();
         }
         self.tables.append(&mut other.tables);
-        if let Some(request) = other.request.take() {
+        for request in core::mem::take(&mut other.requests).into_iter().flatten() {
             self.note(request.as_id, request.range, request.tables);
         }
-        if let Some((as_id, range)) = other.covered.take() {
-            self.cover(as_id, range);
+        for (as_id, covered) in (0..).zip(core::mem::take(&mut other.covered)) {
+            if let Some(range) = covered {
+                self.cover(AddressSpaceId(as_id), range);
+            }
         }
         self.open += core::mem::take(&mut other.open);
     }
 
-    fn space(&self) -> Option<AddressSpaceId> {
-        let noted = self.request.map(|request| request.as_id);
-        noted.or(self.covered.map(|(as_id, _)| as_id))
-    }
-
     /// Notes that translations of `range` went away. Monotone: what was noted stays noted.
     pub(crate) fn note(&mut self, as_id: AddressSpaceId, range: GfnRange, tables: bool) {
-        let request = self.request.get_or_insert(FlushRequest {
+        let Some(request) = self.requests.get_mut(usize::from(as_id.0)) else {
+            return;
+        };
+        let request = request.get_or_insert(FlushRequest {
             as_id,
             range,
             tables,
@@ -133,13 +132,14 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
 
     /// Nothing needs to be flushed: what went away is below a root that no vCPU runs on or will run on.
     pub(crate) fn is_below_no_vcpu(&mut self) {
-        self.request = None;
-        self.covered = None;
+        self.requests = [None; MAX_ADDRESS_SPACES];
+        self.covered = [None; MAX_ADDRESS_SPACES];
     }
 
     /// Whether there is nothing to flush.
     pub fn is_empty(&self) -> bool {
-        self.request.is_none() && !self.is_shared_with_others()
+        let found_gone = || self.covered.iter().any(Option::is_some) && self.has_others();
+        self.requests.iter().all(Option::is_none) && !found_gone()
     }
 
     /// Leaves that the sweep took away or restricted.
@@ -159,14 +159,18 @@ impl<'a, F: Format, H: Host> PendingFlush<'a, F, H> {
     }
 
     fn run(&mut self) {
-        let is_shared = self.is_shared_with_others();
-        if let Some((as_id, range)) = self.covered.take().filter(|_| is_shared) {
-            self.note(as_id, range, true);
+        let covered = core::mem::take(&mut self.covered);
+        if self.has_others() {
+            for (as_id, covered) in (0..).zip(covered) {
+                if let Some(range) = covered {
+                    self.note(AddressSpaceId(as_id), range, true);
+                }
+            }
         }
         // Taken before the host is called: if its flush panics the tables are leaked, never freed unflushed.
         let frames = core::mem::take(&mut self.tables);
         let open = core::mem::take(&mut self.open);
-        if let Some(request) = self.request.take() {
+        for request in core::mem::take(&mut self.requests).into_iter().flatten() {
             self.shared.shards.sweeps.add(Stat::Flushes, 1);
             self.shared.host.flush(&request);
         }
@@ -192,7 +196,7 @@ impl<F: Format, H: Host> Drop for PendingFlush<'_, F, H> {
 impl<F: Format, H: Host> core::fmt::Debug for PendingFlush<'_, F, H> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("PendingFlush")
-            .field("request", &self.request)
+            .field("requests", &self.requests)
             .field("tables", &self.tables.len())
             .finish()
     }

@@ -7,6 +7,7 @@
 //! address space or another kind of tree, until it finds them obsolete.
 
 use crate::dirty::DirtyRing;
+use crate::event;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
 use crate::mmu::{MmuError, Shared};
@@ -26,7 +27,7 @@ const TABLES_PER_FAULT: usize = 5;
 /// Tables asked for at a time.
 const TOP_UP: usize = 16;
 /// Rounds of driving reclamation before an allocation gives up.
-pub(crate) const RECLAIM_ROUNDS: usize = 64;
+pub(crate) const RECLAIM_ROUNDS: usize = 128;
 
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
 ///
@@ -126,6 +127,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// that waited for a grace period was freed. Nothing was changed.
     #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
         if self.core.ctx.private_root.is_some() {
             return self.fault_confidential(fault);
         }
@@ -322,6 +324,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     /// As [`Vcpu::fault`].
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
         self.section.repin();
         if self.core.ctx.private_root.is_some() {
             return self.fault_confidential(fault);

@@ -10,7 +10,7 @@ use super::{Memory, Setup, left, swept_by_processor, translate};
 use crate::ours::Walked;
 use crate::race::{Contender, Translation};
 use crate::report::Error;
-use crate::sweeping::{Kind, Sweeping};
+use crate::sweeping::{Kind, Sweep, Sweeping, Zap};
 use crate::sync::Ordering;
 use tdp_arch::walker::{GuestAccess, WalkError, Walker};
 use tdp_arch::{Access, Format, Gfn, GfnRange, Gpa, Level, Pfn};
@@ -100,7 +100,13 @@ impl<F: Walked, const ROOT: u8> Sweeping for Floor<F, ROOT, 1> {
 
     fn sweep<K: Kind>(&self, gfns: GfnRange) -> Result<(), Error> {
         self.tree.small_tables(gfns, |table, part| {
-            table.sweep(part, K::change::<F>);
+            match K::SWEEP {
+                // The same tables filled by plain stores.
+                Sweep::Split => table.fill(part, Pfn(0x1000)),
+                // Every leaf below a table is to be taken away.
+                Sweep::Collapse => drop(table.sweep(part, Zap::change::<F>)),
+                _ => drop(table.sweep(part, K::change::<F>)),
+            }
         });
         Ok(())
     }

@@ -446,6 +446,19 @@ impl<'a, F: Format> Table<'a, F> {
         changed
     }
 
+    /// Stores leaves for consecutive pages from `first` on, whatever was there.
+    ///
+    /// # Panics
+    ///
+    /// If this is not a table of level 1.
+    #[inline(always)]
+    pub fn fill(self, part: Part, first: Pfn) {
+        assert!(self.level == Level::L1, "leaves of level 1");
+        for (entry, pfn) in self.page.0[part.0..part.1].iter().zip(first.0..) {
+            entry.store(self.leaf(Pfn(pfn)).0, Ordering::Relaxed);
+        }
+    }
+
     /// Entries of `part` that are as `is` asks.
     pub fn count(self, part: Part, is: impl Fn(Spte) -> bool) -> u64 {
         let entries = self.page.0[part.0..part.1].iter();

@@ -71,12 +71,16 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = seconds)]
     seconds: f64,
 
+    /// Also zap, write-protect, age, split, collapse and invalidate shared memory meanwhile
+    #[arg(long)]
+    sweeps: bool,
+
     #[command(flatten)]
     module: ModuleArgs,
 }
 
 /// Parses a time in seconds.
-fn seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
         _ => Err("not a time: write seconds, 0.01 to 86400".to_owned()),
@@ -143,4 +147,76 @@ pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
         "waits for each other on a module that does not serialise",
     );
     verdict(wrong)
+}
+
+/// A line that names nothing, for the defaults.
+#[derive(clap::Parser)]
+struct Defaults {
+    #[command(flatten)]
+    args: Args,
+}
+
+/// Conversions under sweeps of the shared half, as another scenario wants them.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct UnderSweeps {
+    accesses: u64,
+    conversions: u64,
+    sweeps: u64,
+    misplaced: u64,
+    double_mapped: u64,
+    checks: crate::confidential::guest::Checks,
+}
+
+impl UnderSweeps {
+    pub(crate) fn mismatches(&self) -> u64 {
+        self.misplaced + self.checks.different + self.checks.books_wrong
+    }
+
+    pub(crate) fn double_mapped(&self) -> u64 {
+        self.double_mapped
+    }
+
+    pub(crate) fn leaked_frames(&self) -> u64 {
+        self.checks.leaked_frames
+    }
+
+    pub(crate) fn audit_violations(&self) -> u64 {
+        self.checks.audit_violations.unwrap_or(0)
+    }
+}
+
+impl std::fmt::Display for UnderSweeps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "confidential: {} accesses, {} conversions, {} sweeps of the shared half, {} entries compared with the protected \
+             table",
+            self.accesses, self.conversions, self.sweeps, self.checks.compared
+        )
+    }
+}
+
+/// Runs conversions and accesses of `vcpus` vCPUs for `time`, while the shared half is swept.
+///
+/// # Errors
+///
+/// As [`run`], but what was found to be wrong is only told.
+pub(crate) fn under_sweeps(vcpus: u16, time: Duration, seed: u64) -> Result<UnderSweeps, Error> {
+    use clap::Parser;
+    let Defaults { mut args } =
+        Defaults::try_parse_from(["private-mem-conversions", "-b", "4M", "--backend-cost", "0"])
+            .map_err(|e| Error::Usage(e.to_string()))?;
+    (args.vcpus, args.seconds, args.sweeps) = (vcpus, time.as_secs_f64(), true);
+    args.module.seed = seed;
+    let layout = args.layout()?;
+    let progress = Output::new(None)?.progress(storm::slices(&args));
+    let storm = storm::run(&args, layout, &progress)?;
+    Ok(UnderSweeps {
+        accesses: storm.accesses.made,
+        conversions: storm.conversions.done(),
+        sweeps: storm.sweeps,
+        misplaced: storm.misplaced,
+        double_mapped: storm.double_mapped,
+        checks: storm.checks,
+    })
 }

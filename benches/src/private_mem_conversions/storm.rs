@@ -70,6 +70,8 @@ pub(super) struct Storm {
     pub(super) double_mapped: u64,
     /// Frames found mapped by a half that they are not of, at a quiet moment.
     pub(super) misplaced: u64,
+    /// Sweeps of the shared half meanwhile.
+    pub(super) sweeps: u64,
     pub(super) checks: Checks,
 }
 
@@ -82,6 +84,7 @@ struct Field<'g> {
     over: AtomicBool,
     looked_at: AtomicU64,
     double_mapped: AtomicU64,
+    sweeps: AtomicU64,
 }
 
 pub(super) fn run(args: &Args, layout: Layout, progress: &Progress) -> Result<Storm, Error> {
@@ -103,6 +106,7 @@ pub(super) fn run(args: &Args, layout: Layout, progress: &Progress) -> Result<St
         over: AtomicBool::new(false),
         looked_at: AtomicU64::new(0),
         double_mapped: AtomicU64::new(0),
+        sweeps: AtomicU64::new(0),
     };
     let mut vcpus = (0..args.vcpus)
         .map(|_| RunningVcpu::new(&guest, &tries))
@@ -139,6 +143,7 @@ pub(super) fn run(args: &Args, layout: Layout, progress: &Progress) -> Result<St
         field.looked_at.load(Ordering::Relaxed),
         field.double_mapped.load(Ordering::Relaxed),
     );
+    let sweeps = field.sweeps.load(Ordering::Relaxed);
     checks.max_reentries = tries.max_reentries();
     let storm = Storm {
         wall,
@@ -156,6 +161,7 @@ pub(super) fn run(args: &Args, layout: Layout, progress: &Progress) -> Result<St
         looked_at,
         double_mapped,
         misplaced,
+        sweeps,
         checks,
     };
     let mut checks = storm.checks.clone();
@@ -220,6 +226,10 @@ impl Field<'_> {
                     scope.spawn(move || self.until_over(|| self.convert(seed)))
                 })
                 .collect();
+            let sweeper = args.sweeps.then(|| {
+                let seed = seed();
+                scope.spawn(move || self.until_over(|| self.sweep(seed)))
+            });
             let seed = seed();
             let looker = scope.spawn(move || self.until_over(|| self.look(seed)));
             let end = Instant::now() + time;
@@ -229,6 +239,9 @@ impl Field<'_> {
             }
             self.over.store(true, Ordering::Relaxed);
             let mut outcome = join(looker);
+            if let Some(Err(error)) = sweeper.map(join) {
+                outcome = Err(error);
+            }
             for guest in guests {
                 match join(guest) {
                     Ok(made) => {
@@ -338,6 +351,34 @@ impl Field<'_> {
             }
         }
         Ok(made)
+    }
+
+    /// Does to the shared half whatever can be done to it, a block here and there.
+    fn sweep(&self, mut seed: u64) -> Result<(), Error> {
+        let mmu = self.guest.mmu();
+        while !self.is_over() {
+            let block = Level::L2.range(self.any_frame(&mut seed));
+            let (next, drawn) = splitmix(seed);
+            seed = next;
+            match drawn % 8 {
+                0 => drop(mmu.zap(SPACE, block).flush()),
+                1 => drop(mmu.zap_leaves(SPACE, block).flush()),
+                2 => drop(mmu.write_protect(SPACE, block, Level::L1).flush()),
+                3 => drop(mmu.age(SPACE, block)),
+                4 => drop(mmu.test_age(SPACE, block)),
+                // Without a frame for a table the rest stays as it is.
+                5 => drop(mmu.split(SPACE, block, Level::L1)),
+                6 => drop(mmu.collapse(SPACE, block).flush()),
+                _ => {
+                    let invalidation = mmu.invalidate_begin(SPACE, block);
+                    let flushed = invalidation.zap().flush();
+                    invalidation.end(flushed);
+                }
+            }
+            self.sweeps.fetch_add(1, Ordering::Relaxed);
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn number(&self, gfn: Gfn) -> usize {

@@ -2,7 +2,7 @@
 //!
 //! What is left of an entry after frame numbers of tables, software bits and the patterns that stand for "nothing here"
 //! are taken away: nothing, device memory, a table, or a leaf with what the guest may do, who may write, and the
-//! processor's bits. The recorded entries are read by [`spte`](super::spte), the library's by its own decoder; neither
+//! processor's bits. The recorded entries are read by [`spte`], the library's by its own decoder; neither
 //! knows the other.
 
 use super::spte::{self, Kind, Leaf};

@@ -9,10 +9,12 @@
 use super::spte::{self, ACCESSED_DIRTY, Kind, Leaf, kind, pages};
 use super::trace::Change;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 
 #[cfg(test)]
 mod tests;
+mod wrong;
+
+pub use wrong::{Contradiction, Wrong};
 
 /// A thread that no trace has: it owns roots that were given up for others.
 pub const NOBODY: u32 = u32::MAX;
@@ -45,84 +47,6 @@ impl Space {
     }
 }
 
-/// The trace contradicts itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Contradiction {
-    /// Address space.
-    pub as_id: u8,
-    /// Level of the entry.
-    pub level: u8,
-    /// First guest frame of the entry.
-    pub gfn: u64,
-    /// What is wrong.
-    pub what: Wrong,
-}
-
-/// See [`Contradiction`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wrong {
-    /// The entry is recorded to have been something else before.
-    OldValue {
-        /// What the trace had written last; `None` if nothing.
-        was: Option<u64>,
-        /// What the event says.
-        old: u64,
-    },
-    /// A new entry stands below no recorded table.
-    NoTable,
-    /// An entry below a table that went away was never removed.
-    LeftBehind(u64),
-    /// A leaf that KVM reports to have made is not there.
-    NotMade(u64),
-    /// An MMIO entry that KVM reports to have made is not there.
-    NotMarked,
-    /// The entry became something that KVM never writes.
-    Unknown(u64),
-    /// An entry was made without a fault that wanted it.
-    NoFault,
-    /// The processor reports this code, but the recorded tables make it meet something else.
-    NotMet {
-        /// Error code.
-        reported: u64,
-    },
-}
-
-impl fmt::Display for Wrong {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::OldValue {
-                was: Some(was),
-                old,
-            } => write!(
-                f,
-                "recorded old value {old:#x}, but {was:#x} was written last"
-            ),
-            Self::OldValue { was: None, old } => {
-                write!(f, "recorded old value {old:#x}, but nothing was there")
-            }
-            Self::NoTable => f.write_str("recorded entry below no recorded table"),
-            Self::LeftBehind(spte) => {
-                write!(f, "{spte:#x} was left behind by the removal of its table")
-            }
-            Self::Unknown(spte) => write!(f, "{spte:#x} is no entry of KVM's"),
-            Self::NoFault => f.write_str("recorded entry without a fault that made it"),
-            Self::NotMarked => {
-                f.write_str("an MMIO entry is reported as made, without an event that made it")
-            }
-            Self::NotMet { reported } => {
-                write!(
-                    f,
-                    "the processor reported {reported:#x}, which the recorded tables do not explain"
-                )
-            }
-            Self::NotMade(spte) => write!(
-                f,
-                "{spte:#x} is reported as made, without an event that made it"
-            ),
-        }
-    }
-}
-
 /// Where a change took place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -130,6 +54,8 @@ pub enum Place {
     Live(Space),
     /// Below a table or root that is being taken down.
     Detached,
+    /// The same, in a tree of nested guests.
+    Nested,
     /// Below a root that was given up for another one.
     GivenUp,
     /// Nowhere: nothing became nothing.
@@ -157,7 +83,7 @@ type Key = (Space, u64, u8);
 #[derive(Debug)]
 struct Detached {
     owner: u32,
-    as_id: u8,
+    space: Space,
     /// By level and first frame.
     entries: HashMap<(u8, u64), u64>,
 }
@@ -228,12 +154,12 @@ impl Expected {
             return Err(contradiction(change, Wrong::Unknown(change.new)));
         }
         if is_gone(to)
-            && let Some(owner) = self.remove_detached(thread, change)
+            && let Some((owner, space)) = self.remove_detached(thread, change)
         {
-            return applied(if owner == NOBODY {
-                Place::GivenUp
-            } else {
-                Place::Detached
+            return applied(match owner {
+                _ if space.is_nested() => Place::Nested,
+                NOBODY => Place::GivenUp,
+                _ => Place::Detached,
             });
         }
         if is_gone(from) && is_gone(to) {
@@ -281,10 +207,10 @@ impl Expected {
         }
     }
 
-    /// Removes the entry from what is detached, and tells who took that down. A thread looks at what it took down itself first.
-    fn remove_detached(&mut self, thread: u32, change: &Change) -> Option<u32> {
+    /// Removes the entry from what is detached, and tells who took that down and which tree it was of. A thread looks at what it took down itself first.
+    fn remove_detached(&mut self, thread: u32, change: &Change) -> Option<(u32, Space)> {
         let holds = |d: &Detached| {
-            d.as_id == change.as_id
+            d.space.as_id() == change.as_id
                 && d.entries
                     .get(&(change.level, change.gfn))
                     .is_some_and(|&now| is_same(now, change.old))
@@ -296,7 +222,7 @@ impl Expected {
         let index = own.or_else(|| self.detached.iter().position(holds))?;
         let detached = self.detached.get_mut(index)?;
         detached.entries.remove(&(change.level, change.gfn));
-        Some(detached.owner)
+        Some((detached.owner, detached.space))
     }
 
     fn has_parent(&self, space: Space, change: &Change) -> bool {
@@ -363,7 +289,7 @@ impl Expected {
         if !entries.is_empty() {
             self.detached.push(Detached {
                 owner,
-                as_id: space.as_id(),
+                space,
                 entries,
             });
         }
@@ -393,7 +319,7 @@ impl Expected {
             .collect();
         self.detached.push(Detached {
             owner,
-            as_id: space.as_id(),
+            space,
             entries,
         });
     }
@@ -417,7 +343,7 @@ impl Expected {
             for (&(level, gfn), &now) in &detached.entries {
                 if matches!(kind(now, level), Kind::Leaf | Kind::Table) {
                     left.push(Contradiction {
-                        as_id: detached.as_id,
+                        as_id: detached.space.as_id(),
                         level,
                         gfn,
                         what: Wrong::LeftBehind(now),
@@ -527,12 +453,12 @@ impl Expected {
         self.live.len()
     }
 
-    /// Whether no tree maps anything.
+    /// Whether no tree has a leaf or a table.
     pub fn maps_nothing(&self) -> bool {
         !self
             .live
             .iter()
-            .any(|(&(_, _, level), &now)| kind(now, level) == Kind::Leaf)
+            .any(|(&(_, _, level), &now)| matches!(kind(now, level), Kind::Leaf | Kind::Table))
     }
 }
 

@@ -1,14 +1,13 @@
 //! What a replay found, for the table, the JSON and the exit code.
 //!
-//! A fault or an operation is counted once: as *matched* if the library did what was recorded, as *not yet* if it
-//! belongs to a sweep that the library does not have yet, as *unexplained* otherwise. Differences that belong to no
-//! single one of them (found when everything mapped is compared, or in a trace that contradicts itself) are unexplained
-//! as well.
+//! A change of an entry, a fault or an operation is counted once: as *matched* if the library did what was recorded, *by
+//! rule* if it does otherwise on purpose, as *unexplained* otherwise. Differences that belong to no single one of them (found
+//! when everything mapped is compared, or in a trace that contradicts itself) are unexplained as well.
 
 use super::expect::Contradiction;
 use super::rules::Rule;
 use super::spte::Leaf;
-use super::step::{NotYet, Operation, Recorded};
+use super::step::{Operation, Recorded};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,8 +23,6 @@ pub struct Tally {
     pub total: u64,
     /// As recorded.
     pub matched: u64,
-    /// Of no meaning before the library has the sweep that it belongs to.
-    pub not_yet: u64,
     /// Explained by a rule.
     pub by_rule: u64,
     /// Otherwise.
@@ -46,7 +43,6 @@ impl Tally {
     fn add(&mut self, other: &Self) {
         self.total += other.total;
         self.matched += other.matched;
-        self.not_yet += other.not_yet;
         self.by_rule += other.by_rule;
         self.unexplained += other.unexplained;
     }
@@ -55,14 +51,13 @@ impl Tally {
 /// Changes of entries, one by one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Transitions {
-    /// Recorded, those that follow from a split included.
+    /// Recorded, those that follow from a split included, and the library's own that have no counterpart. Each is matched,
+    /// explained by a rule, or unexplained.
     pub total: u64,
     /// The library made the same change in the same operation.
     pub matched: u64,
     /// Differences that are meant, by rule.
     pub by_rule: BTreeMap<Rule, u64>,
-    /// Those that belong to an operation that the library does not have yet, by which.
-    pub not_yet: BTreeMap<NotYet, u64>,
     /// Whatever else differs, recorded changes and the library's own alike.
     pub unexplained: u64,
 }
@@ -71,13 +66,6 @@ impl Transitions {
     /// Counts differences that a rule explains.
     pub fn explained(&mut self, rule: Rule, count: u64) {
         *self.by_rule.entry(rule).or_default() += count;
-    }
-
-    /// Counts changes that the library cannot make yet.
-    pub fn put_off(&mut self, reason: NotYet, count: u64) {
-        if count > 0 {
-            *self.not_yet.entry(reason).or_default() += count;
-        }
     }
 }
 
@@ -256,14 +244,14 @@ pub struct Findings {
     pub operations: Tally,
     /// The same by kind.
     pub operations_by_kind: BTreeMap<Operation, Tally>,
-    /// Operations that belong to a sweep, by which.
-    pub operations_not_yet: BTreeMap<NotYet, u64>,
     /// Changes of entries.
     pub transitions: Transitions,
     /// Guest accesses made on software vCPUs.
     pub accesses: u64,
     /// Entries that a fault had changed between the library's sweep and KVM's, where the library swept again.
     pub swept_again: u64,
+    /// Pages in a recorded dirty log that the guest had not written: KVM or the VMM had.
+    pub written_by_others: u64,
     /// Times that everything mapped was compared.
     pub comparisons: u64,
     /// Times that tables, MMIO entries and permissions were compared as well.
@@ -346,33 +334,18 @@ impl Findings {
             .or_default()
             .count(matched);
     }
-
-    /// Counts an operation that belongs to a sweep.
-    pub fn operation_not_yet(&mut self, operation: Operation, reason: NotYet) {
-        for tally in [
-            &mut self.operations,
-            self.operations_by_kind.entry(operation).or_default(),
-        ] {
-            tally.total += 1;
-            tally.not_yet += 1;
-        }
-        *self.operations_not_yet.entry(reason).or_default() += 1;
-    }
 }
 
 /// The JSON.
 #[derive(Debug, Default, Serialize)]
 pub struct Summary {
-    /// Recorded changes of entries, those that follow from a split included.
+    /// Changes of entries: recorded ones, those that follow from a split included, and the library's own that have no
+    /// counterpart.
     pub transitions: u64,
     /// Those that the library made as well, in the same operation.
     pub matched: u64,
     /// Differences that are meant, by rule.
     pub by_rule: BTreeMap<Rule, u64>,
-    /// Changes that belong to operations that the library does not have yet.
-    pub not_yet: u64,
-    /// The same by operation.
-    pub not_yet_by_reason: BTreeMap<NotYet, u64>,
     /// Everything else that differs: changes, faults, operations, what was mapped, the recordings themselves.
     pub unexplained: u64,
     /// Guest page faults.
@@ -391,12 +364,8 @@ impl Summary {
         let changes = &findings.transitions;
         self.transitions += changes.total;
         self.matched += changes.matched;
-        self.not_yet += changes.not_yet.values().sum::<u64>();
         for (&rule, &count) in &changes.by_rule {
             *self.by_rule.entry(rule).or_default() += count;
-        }
-        for (&reason, &count) in &changes.not_yet {
-            *self.not_yet_by_reason.entry(reason).or_default() += count;
         }
         self.unexplained += findings.unexplained;
         for tally in findings.faults_by_outcome.values() {

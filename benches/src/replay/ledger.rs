@@ -4,8 +4,7 @@
 //! one by one or as a sequence with the same beginning and end, cancel each other out, whichever side was first: within
 //! an operation the order among different entries is free. An *episode* is what one thread of the recording did for one
 //! reason: a fault, an operation of user space, an invalidation by the host. When it ends it is *settled*: what is left
-//! of its changes is explained by a [`Rule`], belongs to something that the library has no operation for
-//! ([`NotYet`]), or is *unexplained*, on either side.
+//! of its changes is explained by a [`Rule`], or is *unexplained*, on either side.
 //!
 //! What was copied from the record to keep the library comparable is entered as such; it cancels the recorded change
 //! out and is never counted as matched.
@@ -13,7 +12,6 @@
 use super::entry::{Entry, Transition};
 use super::findings::{Difference, Transitions};
 use super::rules::{Leftover, Rule};
-use super::step::NotYet;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[cfg(test)]
@@ -40,10 +38,6 @@ pub enum Class {
     Compared,
     /// The same, in the course of a fault.
     Fault,
-    /// The library has no operation for it yet.
-    NotYet(NotYet),
-    /// It is no business of the library's.
-    Outside(Rule),
 }
 
 /// Number of an episode.
@@ -63,6 +57,8 @@ struct Account {
     ours: Vec<Item>,
     /// Recorded changes that the library was made to follow.
     copied: Vec<(Item, Option<Rule>)>,
+    /// Changes that the library was made to make by a rule, and that have yet to be recorded.
+    ahead: Vec<(Episode, Transition, Rule)>,
 }
 
 /// See the module.
@@ -82,8 +78,38 @@ fn whole(items: &[Item]) -> Option<Transition> {
 }
 
 impl Account {
+    /// Takes recorded changes for copied, up to one that ends as `transition` does.
+    fn copy(&mut self, transition: Transition, rule: Option<Rule>) -> bool {
+        // What is copied is the state after the last recorded change.
+        let last = self.recorded.last();
+        let is_last = last.is_some_and(|last| last.transition.to.is_same_mapping(&transition.to));
+        if is_last {
+            let recorded = self.recorded.drain(..);
+            self.copied.extend(recorded.map(|item| (item, rule)));
+        }
+        is_last
+    }
+
+    /// The last recorded change was copied already.
+    fn catch_up(&mut self) {
+        let Some(&(_, transition, rule)) = self.ahead.first() else {
+            return;
+        };
+        if self
+            .recorded
+            .last()
+            .is_some_and(|last| last.transition.is_same(&transition))
+        {
+            self.ahead.remove(0);
+            self.copy(transition, Some(rule));
+        }
+    }
+
     fn is_empty(&self) -> bool {
-        self.recorded.is_empty() && self.ours.is_empty() && self.copied.is_empty()
+        self.recorded.is_empty()
+            && self.ours.is_empty()
+            && self.copied.is_empty()
+            && self.ahead.is_empty()
     }
 
     /// The shortest beginnings of both sides that come to the same.
@@ -128,7 +154,9 @@ impl Ledger {
             seq,
             transition,
         };
-        self.open.entry(key).or_default().recorded.push(item);
+        let account = self.open.entry(key).or_default();
+        account.recorded.push(item);
+        account.catch_up();
         self.enter(tally, episode, key);
     }
 
@@ -150,16 +178,19 @@ impl Ledger {
         self.enter(tally, episode, key);
     }
 
-    /// The library was made to change an entry as recorded: because of `rule`, or for want of an operation.
-    pub fn copied(&mut self, key: Key, transition: Transition, rule: Option<Rule>) {
-        let Some(account) = self.open.get_mut(&key) else {
-            return;
-        };
-        // What is copied is the state after the last recorded change.
-        let last = account.recorded.last();
-        if last.is_some_and(|last| last.transition.to.is_same_mapping(&transition.to)) {
-            let recorded = account.recorded.drain(..);
-            account.copied.extend(recorded.map(|item| (item, rule)));
+    /// The library was made to change an entry as recorded, for want of an operation.
+    pub fn copied(&mut self, key: Key, transition: Transition) {
+        if let Some(account) = self.open.get_mut(&key) {
+            account.copy(transition, None);
+        }
+    }
+
+    /// The library was made to follow the record because of a rule. What goes with it may be recorded later.
+    pub fn followed(&mut self, episode: Episode, key: Key, transition: Transition, rule: Rule) {
+        let account = self.open.entry(key).or_default();
+        if !account.copy(transition, Some(rule)) {
+            account.ahead.push((episode, transition, rule));
+            self.by_episode.entry(episode).or_default().insert(key);
         }
     }
 
@@ -192,16 +223,18 @@ impl Ledger {
                 continue;
             };
             let own = |item: &mut Item| item.episode == episode;
-            let recorded: Vec<Item> = account.recorded.extract_if(.., own).collect();
+            let left: Vec<Item> = account.recorded.extract_if(.., own).collect();
             let ours: Vec<Item> = account.ours.extract_if(.., own).collect();
+            account.ahead.retain(|ahead| ahead.0 != episode);
             let own = |(item, _): &mut (Item, _)| item.episode == episode;
-            for (_, rule) in account.copied.extract_if(.., own) {
-                match (rule, class) {
-                    (Some(rule), _) | (None, Class::Outside(rule)) => tally.explained(rule, 1),
-                    (None, Class::NotYet(reason)) => tally.put_off(reason, 1),
-                    (None, Class::Compared | Class::Fault) => tally.put_off(NotYet::Copied, 1),
+            let mut recorded = Vec::new();
+            for (item, rule) in account.copied.extract_if(.., own) {
+                match rule {
+                    Some(rule) => tally.explained(rule, 1),
+                    None => recorded.push(item),
                 }
             }
+            recorded.extend(left);
             if account.is_empty() {
                 self.open.remove(&key);
             }
@@ -213,18 +246,19 @@ impl Ledger {
                 in_fault: class == Class::Fault,
             };
             let (count, extra) = (recorded.len() as u64, ours.len() as u64);
-            match class {
-                _ if count + extra == 0 => {}
-                // What the library did all the same is judged by itself.
-                Class::NotYet(reason) if extra == 0 => tally.put_off(reason, count),
-                Class::Outside(rule) if extra == 0 => tally.explained(rule, count),
-                _ => match leftover.rule() {
-                    Some(rule) => tally.explained(rule, count.max(1)),
-                    None => {
-                        tally.unexplained += count.max(1);
-                        differences.push(difference(seq.unwrap_or_default(), &leftover));
-                    }
-                },
+            if count == 0 && extra > 0 {
+                // The library's own, which nobody recorded.
+                tally.total += 1;
+            }
+            if count + extra == 0 {
+                continue;
+            }
+            match leftover.rule() {
+                Some(rule) => tally.explained(rule, count.max(1)),
+                None => {
+                    tally.unexplained += count.max(1);
+                    differences.push(difference(seq.unwrap_or_default(), &leftover));
+                }
             }
         }
         differences

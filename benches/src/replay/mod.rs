@@ -8,12 +8,14 @@
 //! source   the file, plain or compressed, as lines
 //! trace    a line as an event, checked                       scenario   the operations that it refers to
 //! story    events as steps: what to do, when                 expect     the tables as they must have stood
-//! driver   steps executed on the library, each one checked   findings   what differs, counted
+//! driver   steps executed on the library, each one checked   ledger     changes of entries, theirs against ours
+//! rules    differences that are meant                        findings   what differs, counted
 //! ```
 //!
 //! The library is given the host's recorded answers and must then do by itself what KVM did: which frames are mapped,
-//! at which level, to which host frame, after every fault and every operation. Sweeps that it does not have yet are
-//! counted as `not_yet`, never as matched, and their effect is copied from the record.
+//! at which level, to which host frame, after every fault and every operation; and the history of each entry within each
+//! operation: every change that KVM made must be one that the library made, and the other way round. Where the library
+//! does otherwise on purpose there is a rule, with its reason; whatever else differs is unexplained.
 
 use crate::formats::FormatChoice;
 use crate::report::{Error, Output};
@@ -51,12 +53,13 @@ const PRINTED: usize = 20;
 /// Feed recorded page faults of real KVM guests to software vCPUs and compare what gets mapped
 ///
 /// Each guest access of a recording is made on a software vCPU, its fault is resolved by the library with the host's
-/// recorded answer, and the access is made again. After each, the library must map what KVM mapped: guest frame, host
-/// frame and level. Whatever differs is listed and fails the run.
+/// recorded answer, and the access is made again; calls of user space and of the host are made where they began. After
+/// each, the library must map what KVM mapped, and must have changed the same entries in the same way. Where it differs on
+/// purpose there is a rule; whatever else differs is listed and fails the run.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Columns: 'matched' faults went as recorded; 'not yet' ones belong to a sweep that the library does not have yet (dirty
-logging, aging, ...); 'unexplained' counts everything that differs.
+Columns: 'transitions' are changes of single entries; 'matched' ones the library made as well, in the same operation; those
+'by rule' differ on purpose, for the reasons that are printed; 'unexplained' counts everything else that differs.
 
 Examples:
   tdp-bench replay benches/testdata                       everything below a folder
@@ -182,11 +185,9 @@ fn show(output: &Output, summary: &Summary) {
         "transitions",
         "matched",
         "by rule",
-        "not yet",
         "unexplained",
         "faults",
         "operations",
-        "not yet",
         "leaked",
         "ms",
     ];
@@ -197,11 +198,9 @@ fn show(output: &Output, summary: &Summary) {
             changes.total,
             changes.matched,
             changes.by_rule.values().sum(),
-            changes.not_yet.values().sum(),
             found.unexplained,
             found.faults,
             found.operations.total,
-            found.operations.not_yet,
             found.leaked_frames,
             found.nanoseconds / 1_000_000,
         ];
@@ -212,20 +211,15 @@ fn show(output: &Output, summary: &Summary) {
         transitions,
         matched,
         by_rule,
-        not_yet,
-        not_yet_by_reason,
         unexplained,
         ..
     } = summary;
     output.say(format_args!(
-        "{transitions} transitions: {matched} matched, {} by rule, {not_yet} not yet; {unexplained} unexplained",
+        "{transitions} transitions: {matched} matched, {} by rule; {unexplained} unexplained",
         by_rule.values().sum::<u64>()
     ));
     for (rule, count) in by_rule {
         output.say(format_args!("rule {rule:?} ({count}): {}", rule.reason()));
-    }
-    for (reason, count) in not_yet_by_reason {
-        output.say(format_args!("not yet: {reason:?} ({count})"));
     }
     let differences = summary
         .scenarios

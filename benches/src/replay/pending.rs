@@ -6,7 +6,7 @@
 
 use super::expect::Space;
 use super::rules::Rule;
-use super::spte::Leaf;
+use super::spte::{self, Leaf};
 use super::step::{Answer, Code, Fault, Recorded};
 
 /// The host's answer as recorded: the level to map, and the host frame unless no slot covers the guest frame.
@@ -14,6 +14,22 @@ use super::step::{Answer, Code, Fault, Recorded};
 pub(super) struct Requested {
     pub level: u8,
     pub pfn: Option<u64>,
+}
+
+impl Requested {
+    /// The level at which the host has the page. KVM tells the level that it set out to map, and a fetch is mapped by the
+    /// smallest pages while large ones may not be executed: then it shows by the alignment of the frames, because
+    /// frames of different pages are rarely aligned alike.
+    fn host_level(&self, gfn: u64, withheld: bool) -> u8 {
+        let aligned = |&level: &u8| {
+            let pfn = self.pfn.unwrap_or_default();
+            (gfn ^ pfn) & (spte::pages(level) - 1) == 0
+        };
+        match [3, 2].iter().copied().find(aligned) {
+            Some(level) if withheld && self.level == 1 => level,
+            _ => self.level,
+        }
+    }
 }
 
 /// Whose tables a fault is about.
@@ -56,6 +72,10 @@ pub(super) struct Pending {
     pub requested: Option<Requested>,
     /// Another thread changed an entry on the way to the frame, or took frames back.
     pub overtaken: bool,
+    /// Large pages may not be executed.
+    pub withheld: bool,
+    /// It found the page mapped as wanted, before the trace shows by whom.
+    pub spurious: bool,
     /// It split this large leaf; what it did below has yet to show.
     pub split: Option<Leaf>,
     /// Its effect was seen.
@@ -97,12 +117,9 @@ impl Pending {
     /// The recorded answer of the host, which let the page be written if the leaf says so.
     fn answer(&self, leaf: Option<Leaf>) -> Answer {
         match self.requested {
-            Some(Requested {
-                level,
-                pfn: Some(pfn),
-            }) => Answer::Mapped {
+            Some(requested @ Requested { pfn: Some(pfn), .. }) => Answer::Mapped {
                 pfn,
-                level,
+                level: requested.host_level(self.gfn(), self.withheld && self.code.is_fetch()),
                 writable: leaf.is_none_or(|leaf| leaf.is_host_writable()),
             },
             // Never asked, so never answered; what the library needs not ask for must not matter.
@@ -138,7 +155,7 @@ impl Pending {
         if let (Recorded::Unchanged, Answer::Failed, Some(leaf)) = (recorded, answer, after) {
             // Found as wanted before the host was asked; the library asks first.
             answer = Answer::Mapped {
-                pfn: leaf.pfn() + (self.gfn() - leaf.gfn),
+                pfn: leaf.pfn_of(self.gfn()),
                 level: leaf.level,
                 writable: leaf.is_host_writable(),
             };
@@ -169,7 +186,7 @@ impl Pending {
             return Conclusion::Outside(Rule::NestedGuest);
         }
         if let Some(leaf) = leaf.filter(|leaf| self.code.is_write() && leaf.is_tracked()) {
-            let pfn = leaf.pfn() + (self.gfn() - leaf.gfn);
+            let pfn = leaf.pfn_of(self.gfn());
             let answer = Answer::Mapped {
                 pfn,
                 level: leaf.level,
@@ -190,7 +207,7 @@ impl Pending {
             None if end == End::Error => (Answer::Failed, Recorded::Failed),
             // The host would not be asked to write to such a slot; what it says otherwise must not matter.
             None if read_only && self.code.is_write() => {
-                let pfn = leaf.map_or(0, |leaf| leaf.pfn() + (self.gfn() - leaf.gfn));
+                let pfn = leaf.map_or(0, |leaf| leaf.pfn_of(self.gfn()));
                 (
                     Answer::Mapped {
                         pfn,
@@ -241,6 +258,8 @@ mod tests {
             ahead: false,
             requested: None,
             overtaken: false,
+            withheld: false,
+            spurious: false,
             split: None,
             concluded: false,
         }

@@ -17,7 +17,7 @@ pub enum Rule {
     FrozenIsTransient,
     /// The library takes MMIO entries down with their table where KVM leaves them in the freed page.
     MmioGoesWithItsTable,
-    /// A fault that finds its page mapped makes the leaf anew without its dirty bit.
+    /// A fault that finds its page mapped, or an MMIO entry in its place, makes the leaf without its dirty bit.
     DirtyBitKept,
     /// A large leaf, or a table in its place, is taken away by the fault that then maps a smaller page.
     LargeLeafIsSplit,
@@ -25,6 +25,8 @@ pub enum Rule {
     CollapseInPlace,
     /// The accessed and dirty bits of a leaf that was put together.
     CollapseKeepsUse,
+    /// Which of several tables that stand for fetches only is taken away first.
+    RecoveryOrder,
     /// What a root held that was given up for another one.
     OneRootPerSpace,
     /// Tables and faults of a nested guest.
@@ -33,7 +35,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::EmptyEntrySealed,
         Self::FrozenIsTransient,
         Self::MmioGoesWithItsTable,
@@ -41,6 +43,7 @@ impl Rule {
         Self::LargeLeafIsSplit,
         Self::CollapseInPlace,
         Self::CollapseKeepsUse,
+        Self::RecoveryOrder,
         Self::OneRootPerSpace,
         Self::NestedGuest,
     ];
@@ -59,8 +62,8 @@ impl Rule {
                 "KVM skips MMIO entries when it frees a tree that nobody else can walk; the library seals every entry"
             }
             Self::DirtyBitKept => {
-                "KVM up to 6.12 writes a leaf again that is there already, and forgets its dirty bit; the library finds \
-                 the fault spurious and changes nothing, as KVM 6.18 does"
+                "KVM up to 6.12 forgets the dirty bit of a leaf that it writes over another entry, be it the same leaf; the \
+                 library sets it, and changes nothing if the fault is spurious, as KVM 6.18 does"
             }
             Self::LargeLeafIsSplit => {
                 "KVM before 6.2 takes a large leaf away when only a part of it may be mapped on, and refills it fault by \
@@ -73,6 +76,10 @@ impl Rule {
             Self::CollapseKeepsUse => {
                 "KVM makes a large leaf of the first small one, and forgets what the others say of their use; the \
                  library's is accessed or dirty if any of them was"
+            }
+            Self::RecoveryOrder => {
+                "KVM recovers tables in the order in which they were made; the library goes round by guest frame, and \
+                 keeps no list (the replay follows the record)"
             }
             Self::OneRootPerSpace => {
                 "KVM makes a root for every mode of a processor, and takes an unused one down whenever its last user lets \
@@ -111,6 +118,9 @@ impl Leftover {
             (Some(recorded), None) if in_fault && forgets_dirty(&recorded) => {
                 Some(Rule::DirtyBitKept)
             }
+            (Some(recorded), Some(ours)) if in_fault && makes_clean(&recorded, &ours) => {
+                Some(Rule::DirtyBitKept)
+            }
             (Some(recorded), Some(ours)) if gathers_use(&recorded, &ours) => {
                 Some(Rule::CollapseKeepsUse)
             }
@@ -124,6 +134,20 @@ impl Leftover {
             _ => None,
         }
     }
+}
+
+/// Whether both put the same leaf in the place of an MMIO entry, and only the library's is dirty.
+fn makes_clean(recorded: &Transition, ours: &Transition) -> bool {
+    let (Entry::Mmio, Entry::Leaf(leaf), Entry::Mmio, Entry::Leaf(own)) =
+        (recorded.from, recorded.to, ours.from, ours.to)
+    else {
+        return false;
+    };
+    !leaf.dirty
+        && LeafBits {
+            dirty: true,
+            ..leaf
+        } == own
 }
 
 /// Whether both put the same leaf in the place of a table, and the library's says more of its use.

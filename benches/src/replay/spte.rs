@@ -78,6 +78,11 @@ impl Leaf {
         align((self.spte & FRAME) >> 12, self.level)
     }
 
+    /// Host frame of a guest frame that it maps.
+    pub fn pfn_of(&self, gfn: u64) -> u64 {
+        self.pfn() + gfn.saturating_sub(self.gfn)
+    }
+
     /// One past the last guest frame.
     pub fn end(&self) -> u64 {
         self.gfn + pages(self.level)

@@ -164,18 +164,6 @@ pub struct Fault {
     pub recorded: Recorded,
 }
 
-/// Why a fault or an operation cannot be compared before the library has the sweep that it belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NotYet {
-    /// Entries removed for a reason that the trace does not tell.
-    Removal,
-    /// Another change that no fault made.
-    OtherSweep,
-    /// Copied from the record together with something that could not be compared.
-    Copied,
-}
-
 /// An operation on the whole MMU, for the count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -214,8 +202,6 @@ pub enum Operation {
     Collapse,
     /// The VM went away.
     Teardown,
-    /// Something that a later sweep does.
-    Sweep,
 }
 
 /// A change of memory slots.
@@ -285,8 +271,15 @@ pub enum Step {
     },
     /// Large pages may not be executed from now on, or may.
     NxHugePages(bool),
-    /// As many tables that stand for fetches only are taken away.
-    RecoverNx(usize),
+    /// The table at this place, which stands for fetches only, is taken away.
+    RecoverNx {
+        /// Address space.
+        as_id: u8,
+        /// First frame.
+        gfn: u64,
+        /// Level of the entry that leads to the table.
+        level: u8,
+    },
     /// Each vCPU has a dirty ring of this many entries.
     DirtyRing(u32),
     /// A page of a slot was written, and not by the guest.
@@ -316,8 +309,6 @@ pub enum Step {
     },
     /// Tables over a range may become large pages, where the host has large pages.
     Collapse(SpaceRange),
-    /// An operation that cannot be compared yet.
-    NotYetOperation(NotYet),
     /// Bring the library into the recorded state in this range, because it has no means of its own for the change.
     Sync(SpaceRange),
     /// The same, because a rule says that the library does otherwise.

@@ -12,7 +12,7 @@ use super::pending::{End, Pending, Requested};
 use super::scenario::{Op, Region, Scenario};
 use super::spte::{self, Leaf, pages};
 use super::stamps::Stamps;
-use super::step::{Code, NotYet, SlotChange, Step};
+use super::step::{Code, SlotChange, Step};
 use super::trace::{Event, Line, SpaceRange};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -60,12 +60,13 @@ struct Thread {
     unmap: Option<Unmap>,
     /// Leaves that it removed without a known reason, with their address spaces.
     removed: Vec<(u8, Leaf)>,
+    /// Where it removed leaves and tables without a known reason.
+    zapped: Vec<SpaceRange>,
     /// Frames whose accessed bits the host asks for, and whether it clears them.
     age: Option<(Vec<SpaceRange>, bool)>,
-    sweeps: BTreeSet<NotYet>,
-    /// Tables that it took away without a known reason.
-    recovered: usize,
     nested_paging: bool,
+    /// It ran nested guests: their hypervisor's tables may be tracked.
+    ran_nested: bool,
     left_nested: bool,
     /// It made a root for an address space that had one.
     fresh_root: bool,
@@ -200,6 +201,7 @@ impl Story {
             &Event::NestedEnter { nested_paging } => {
                 self.close(t, End::Went);
                 self.thread(t).nested_paging = nested_paging;
+                self.thread(t).ran_nested = true;
             }
             &Event::NestedExit { page_fault } => {
                 self.close(t, End::Went);
@@ -294,24 +296,10 @@ impl Story {
         }
     }
 
-    /// What `t` is about cannot be compared yet.
-    fn put_off(&mut self, t: u32, reason: NotYet) {
-        let class = &mut self.thread(t).class;
-        if matches!(class, Class::Compared | Class::Fault) {
-            *class = Class::NotYet(reason);
-        }
-    }
-
     fn root(&mut self, level: u8) {
         self.root_level = level;
         self.expected.set_root_level(level);
         self.steps.push(Step::Root(level));
-    }
-
-    /// `t` is in the middle of a sweep that the library does not have yet.
-    fn sweeps(&mut self, t: u32, reason: NotYet) {
-        self.put_off(t, reason);
-        self.thread(t).sweeps.insert(reason);
     }
 
     fn space_of(&self, vcpu: Option<u32>) -> u8 {
@@ -347,7 +335,7 @@ impl Story {
     /// Everything is compared, unless some removal is only half told.
     fn compare(&mut self) {
         let half_told = |thread: &Thread| {
-            !thread.removed.is_empty() || thread.unmap.as_ref().is_some_and(|unmap| unmap.executed)
+            !thread.zapped.is_empty() || thread.unmap.as_ref().is_some_and(|unmap| unmap.executed)
         };
         if self.changed_since_compare && !self.threads.values().any(half_told) {
             self.changed_since_compare = false;
@@ -396,22 +384,12 @@ impl Story {
         }
         let thread = self.thread(t);
         let removed = std::mem::take(&mut thread.removed);
-        let recovered = std::mem::take(&mut thread.recovered);
-        if recovered > 0 {
-            self.by(t);
-            self.steps.push(Step::RecoverNx(recovered));
-        } else if !removed.is_empty() {
-            if self.expected.maps_nothing() {
-                self.teardown(t, removed);
-            } else {
-                self.sweeps(t, NotYet::Removal);
-                for (as_id, leaf) in removed {
-                    self.sync(as_id, leaf.gfn, leaf.level);
-                }
-            }
-        }
-        for reason in std::mem::take(&mut self.thread(t).sweeps) {
-            self.steps.push(Step::NotYetOperation(reason));
+        let zapped = std::mem::take(&mut thread.zapped);
+        if !removed.is_empty() && self.expected.maps_nothing() {
+            self.teardown(t, removed);
+        } else if !zapped.is_empty() {
+            // The episode will show it; what follows is to be comparable.
+            self.steps.extend(zapped.into_iter().map(Step::Sync));
         }
     }
 
@@ -419,6 +397,7 @@ impl Story {
     fn teardown(&mut self, t: u32, mut leaves: Vec<(u8, Leaf)>) {
         for thread in self.threads.values_mut() {
             leaves.append(&mut thread.removed);
+            thread.zapped.clear();
         }
         leaves.sort_by_key(|(as_id, leaf)| (*as_id, leaf.gfn));
         self.by(t);

@@ -58,6 +58,16 @@ pub struct SpaceRange {
     pub end: u64,
 }
 
+/// Every frame of every address space.
+pub fn everything() -> Vec<SpaceRange> {
+    let all = |as_id| SpaceRange {
+        as_id,
+        start: 0,
+        end: u64::MAX,
+    };
+    (0..ADDRESS_SPACES).map(all).collect()
+}
+
 /// One changed entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {

@@ -67,6 +67,8 @@ fn name(row: &Row) -> &'static str {
         (Sweep::ClearMasks, _) => "clear_masks_dirty_bit",
         (Sweep::Age, _) => "age",
         (Sweep::Track, _) => "age_software_ad",
+        (Sweep::Split, _) => "split",
+        (Sweep::Collapse, _) => "collapse",
         (Sweep::Zap, AdBits::Processor) => "zap",
         (Sweep::Zap, AdBits::Software) => "zap_software_ad",
     }

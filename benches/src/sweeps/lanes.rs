@@ -12,9 +12,11 @@ use crate::ours::{OurSetup, Ours, Tables, Walked, WholeFault};
 use crate::race::{self, Lap};
 use crate::report::{Error, Progress};
 use crate::sweeping::{
-    Age, ClearDirty, ClearMasks, Kind, ProtectMasks, Sweep, Sweeping, Track, WriteProtect, Zap,
+    Age, ClearDirty, ClearMasks, Collapse, Kind, ProtectMasks, Split, Sweep, Sweeping, Track,
+    WriteProtect, Zap,
 };
 use crate::sys;
+use std::hint::black_box;
 use std::time::Instant;
 use tdp_arch::{AdBits, GfnRange, Level};
 
@@ -58,7 +60,13 @@ trait Seat {
 struct Seated<C: Sweeping> {
     contender: C,
     worker: C::Worker,
+    /// Whether its leaves are split and collapsed.
+    resizes: bool,
+    other: Vec<u64>,
 }
+
+/// Words of memory that fill the caches: 64 MiB.
+const OTHER_MEMORY: usize = 8 << 20;
 
 impl<C: Sweeping> Seated<C> {
     /// Maps all of `gfns` anew, as written pages.
@@ -73,17 +81,39 @@ impl<C: Sweeping> Seated<C> {
         Ok(())
     }
 
+    /// Has other memory in the processor's caches.
+    fn evict(&mut self) {
+        self.other.resize(OTHER_MEMORY, 0);
+        for (word, n) in self.other.iter_mut().zip(0_u64..) {
+            *word = word.wrapping_add(n);
+        }
+        black_box(&self.other);
+    }
+
     fn run<K: Kind>(&mut self, gfns: GfnRange) -> Result<(Lap, u64), Error> {
         let mut missed = 0;
+        // The floor's tables are neither split nor collapsed, only filled and emptied.
+        let told = self.resizes || !matches!(K::SWEEP, Sweep::Split | Sweep::Collapse);
         let lap = race::undisturbed(1, |_| {
             self.fill::<K>(gfns)?;
-            missed += gfns.pages() - self.contender.left::<K>(gfns);
+            if K::SWEEP == Sweep::Collapse {
+                self.contender.sweep::<Split>(gfns)?;
+            }
+            if told {
+                missed += gfns.pages() - self.contender.left::<K>(gfns);
+            }
+            if K::SWEEP == Sweep::Split {
+                // New tables are in no cache, and the floor's must not be either.
+                self.evict();
+            }
             let preemptions = sys::preemptions();
             let (cpu, start) = (sys::thread_time(), Instant::now());
             let swept = self.contender.sweep::<K>(gfns);
             let (cpu, wall) = (sys::thread_time() - cpu, start.elapsed());
             swept?;
-            missed += self.contender.left::<K>(gfns);
+            if told {
+                missed += self.contender.left::<K>(gfns);
+            }
             Ok(Lap {
                 wall,
                 cpu,
@@ -104,11 +134,15 @@ impl<C: Sweeping> Seat for Seated<C> {
             Sweep::Age => self.run::<Age>(gfns),
             Sweep::Track => self.run::<Track>(gfns),
             Sweep::Zap => self.run::<Zap>(gfns),
+            Sweep::Split => self.run::<Split>(gfns),
+            Sweep::Collapse => self.run::<Collapse>(gfns),
         }
     }
 
     fn leaked(self: Box<Self>) -> u64 {
-        let Self { contender, worker } = *self;
+        let Self {
+            contender, worker, ..
+        } = *self;
         drop(worker);
         contender.leaked()
     }
@@ -129,7 +163,12 @@ impl Lane {
     ) -> Result<Self, Error> {
         let contender = contender?;
         let worker = contender.worker()?;
-        let mut seat = Box::new(Seated { contender, worker });
+        let mut seat = Box::new(Seated {
+            contender,
+            worker,
+            resizes: name == OURS,
+            other: Vec::new(),
+        });
         // So that no lap is the first: every table is there, and its memory has been touched.
         seat.fill::<Zap>(gfns)?;
         let row = |&sweep| Row {
@@ -150,7 +189,9 @@ impl Lane {
 /// The library, and what it is compared with.
 fn lanes<F: Walked>(backing: Backing) -> Result<Vec<Lane>, Error> {
     use AdBits::{Processor, Software};
-    use Sweep::{Age, ClearDirty, ClearMasks, ProtectMasks, Track, WriteProtect, Zap};
+    use Sweep::{
+        Age, ClearDirty, ClearMasks, Collapse, ProtectMasks, Split, Track, WriteProtect, Zap,
+    };
     let gfns = backing.gfns;
     let ours = our_setup(backing, 1)?;
     let theirs = Setup {
@@ -162,6 +203,16 @@ fn lanes<F: Walked>(backing: Backing) -> Result<Vec<Lane>, Error> {
     let by_bit = Ours::<F, WholeFault>::with(ours, Tables::Warm, Processor, |builder| {
         builder.dirty_tracking(tdp::DirtyTracking::DirtyBit)
     });
+    // Frames for tables that are retired and not free yet.
+    let large = OurSetup {
+        backing: Backing {
+            level: Level::L2,
+            ..backing
+        },
+        frames: 3 * ours.frames,
+        ..ours
+    };
+    let large = Ours::<F, WholeFault>::new(large, Tables::Warm);
     let baselines = [WriteProtect, Age, Zap, ClearDirty];
     let floor = Floor::<F, 4, 1>::new(&theirs);
     let everything = [
@@ -172,6 +223,8 @@ fn lanes<F: Walked>(backing: Backing) -> Result<Vec<Lane>, Error> {
         ClearDirty,
         ProtectMasks,
         ClearMasks,
+        Split,
+        Collapse,
     ];
     Ok(vec![
         Lane::new(floor, FLOOR, Processor, &everything, gfns)?,
@@ -184,6 +237,7 @@ fn lanes<F: Walked>(backing: Backing) -> Result<Vec<Lane>, Error> {
         )?,
         Lane::new(software, OURS, Software, &[WriteProtect, Track, Zap], gfns)?,
         Lane::new(by_bit, OURS, Processor, &[ClearDirty, ClearMasks], gfns)?,
+        Lane::new(large, OURS, Processor, &[Split, Collapse], gfns)?,
         Lane::new(
             OneMutex::<F, 4>::new(&theirs),
             "mutex",

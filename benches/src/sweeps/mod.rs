@@ -19,11 +19,12 @@ use tdp_arch::{Ept, Gfn, GfnRange, Level, Npt, PAGE_SIZE, Pfn};
 const ABOUT: &str = "\
 Measures sweeps of the library over memory that is mapped by pages of 4 KiB and was just written: write protection, aging
 (by the processor's accessed bits, and by access tracking where it keeps none), zapping, clearing dirty bits, and clearing
-a dirty log by masks of 64 frames. One thread, its processor time.
+a dirty log by masks of 64 frames; splitting pages of 2 MiB, and collapsing them again. One thread, its processor time.
 
 'over the floor' is the library's time over that of one pass over the same entries with the compare-exchange that each
-needs, and nothing else: it cannot be below 1 by much. The other ratios are a baseline's time over the library's: above 1
-the library is faster. A sweep that leaves out a leaf fails the run.";
+needs, and nothing else: it cannot be below 1 by much. The floor of splitting is filling as many tables by plain stores;
+neither's are in a cache beforehand. The other ratios are a baseline's time over the library's: above 1 the library is
+faster. A sweep that leaves out a leaf fails the run.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,7 +35,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(long_about = ABOUT, after_help = EXAMPLES)]
 pub struct Args {
-    /// Memory that is swept: bytes, or with K, M, G or T
+    /// Memory that is swept, a multiple of 2M: bytes, or with K, M, G or T
     #[arg(short = 'b', long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     bytes: u64,
 
@@ -46,6 +47,8 @@ pub struct Args {
     #[arg(short = 'i', long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
 }
+
+pub(crate) use lanes::our_setup;
 
 /// Guest memory of one vCPU after the other, by pages of 4 KiB: what scenarios of sweeps run on.
 ///
@@ -78,6 +81,12 @@ pub(crate) fn memory(bytes: u64) -> Result<Backing, Error> {
 /// [`Error::Usage`] for memory that there is not, the library's own errors if a run fails, and [`Error::Check`] if a sweep
 /// left out a leaf or a frame was lost.
 pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
+    if !args.bytes.is_multiple_of(Level::L2.bytes()) {
+        return Err(Error::Usage(format!(
+            "-b {}: is not a multiple of 2M",
+            size::show(args.bytes)
+        )));
+    }
     let backing = memory(args.bytes)?;
     let formats =
         u64::from(args.format.includes::<Ept>()) + u64::from(args.format.includes::<Npt>());

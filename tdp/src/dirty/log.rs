@@ -4,6 +4,7 @@
 
 use crate::dirty::{DirtyBitmap, DirtyPage, DirtyRing, DirtyTracking};
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::{Mmu, Shared};
 use crate::range::leaves::{LeafStep, Marks, Verdict};
@@ -89,6 +90,9 @@ impl<'a, F: Format, H: Host> DirtyLog<'a, F, H> {
     /// [`SlotFlags::LOG_MANUAL`] they stay, to be taken by [`clear`](DirtyLog::clear). The pages are to be read after the
     /// flush.
     ///
+    /// With [`DirtyTracking::DirtyBit`] it waits for faults and sweeps that began before; it must not be called from inside a
+    /// [`Batch`](crate::Batch) or a host callback.
+    ///
     /// # Errors
     ///
     /// [`DirtyLogError::WrongLength`] unless `bitmap` has [`words`](DirtyLog::words) words.
@@ -101,6 +105,8 @@ impl<'a, F: Format, H: Host> DirtyLog<'a, F, H> {
         let mut pending = PendingFlush::new(self.shared);
         if self.shared.dirty_tracking == DirtyTracking::DirtyBit {
             self.scan(&mut pending);
+            // A leaf that was taken away before the scan came by is marked by whoever took it, in the same visit or section.
+            self.shared.domain.synchronize();
         }
         if self.slot.flags().contains(SlotFlags::LOG_MANUAL) {
             for (word, marks) in bitmap.iter_mut().enumerate() {
@@ -260,6 +266,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         let Some(marks) = Marks::new(start(0), marks) else {
             return;
         };
+        event::sweep("clear_dirty", as_id, marks.frames());
         for root in self.roots.of(as_id) {
             let by_bit = self.tracks_by_bit(&root);
             let mut visit = self.domain.visit();
@@ -272,6 +279,7 @@ impl<F: Format, H: Host> Shared<F, H> {
     /// Begins to log a slot that is published as logged already, once no fault is left that knew it otherwise.
     pub(crate) fn start_log(&self, slot: &Slot<H::Backing>) -> PendingFlush<'_, F, H> {
         let (as_id, range) = (slot.as_id(), slot.gfns());
+        event::sweep("start_log", as_id, range);
         let mut pending = PendingFlush::new(self);
         if !slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
             if self.eager_split {

@@ -16,7 +16,9 @@
 //! Where the processor keeps dirty bits they can be used instead ([`DirtyTracking`]): leaves stay writable, and a write
 //! leaves its trace in the leaf, or in the processor's own log. Leaves above level 1 are write-protected in any case, because
 //! their dirty bit says nothing of which page; the first write splits them. So are trees whose accessed and dirty bits
-//! the processor does not keep.
+//! the processor does not keep. Whoever takes a leaf away marks what its dirty bit told, after the exchange and in the same
+//! critical section or visit. Who collects looks at the leaves first, then waits for a grace period, then takes the marks: a
+//! leaf that the look missed was taken away before it, and has been marked by then.
 //!
 //! While a slot is logged, faults install leaves of level 1 only, and large ones are split: at once when the log is switched
 //! on ([`MmuBuilder::eager_split`](crate::MmuBuilder::eager_split)), or by the first write. When it is switched off, tables
@@ -29,11 +31,15 @@ mod bitmap;
 mod log;
 mod mark;
 mod ring;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub(crate) use bitmap::DirtyBitmap;
 pub use log::{DirtyLog, DirtyLogError};
 pub(crate) use ring::DirtyRings;
 pub use ring::{DirtyPage, DirtyRing};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::SlotBitmap;
 
 /// How writes are noticed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

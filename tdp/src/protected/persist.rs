@@ -16,7 +16,8 @@ use tdp_rcu::sync::Pause;
 pub(crate) enum Patience {
     /// Inside a critical section: for some microseconds.
     Fault,
-    /// For as long as a bounded wait takes.
+    /// For several bounded waits, about a second: no guest waits for a sweep, and a module that many threads call on a busy
+    /// machine may be found busy a hundred times in a row.
     Sweep,
     /// Until it is done.
     Endless,
@@ -24,6 +25,9 @@ pub(crate) enum Patience {
 
 /// Calls that a fault makes again before it leaves its critical section.
 const FAULT_TRIES: u32 = 12;
+
+/// Bounded waits of a sweep before it gives up. Each begins by trying in quick succession.
+const SWEEP_ROUNDS: u32 = if cfg!(loom) { 1 } else { 10 };
 
 /// Makes calls and counts them.
 pub(crate) struct Caller<'a, P, T> {
@@ -74,7 +78,7 @@ impl<P: ProtectedTable, T: Tally> Caller<'_, P, T> {
         call: &dyn Fn() -> Result<(), Failure>,
     ) -> Result<(), HandOffCause> {
         let mut pause = Pause::new();
-        let mut tries = 0u32;
+        let (mut tries, mut rounds) = (0u32, 0u32);
         let mut failure = failure;
         loop {
             match failure {
@@ -83,7 +87,7 @@ impl<P: ProtectedTable, T: Tally> Caller<'_, P, T> {
                     tries = tries.saturating_add(1);
                     let over = match self.patience {
                         Patience::Fault => tries > FAULT_TRIES,
-                        Patience::Sweep => pause.is_over(),
+                        Patience::Sweep => rounds >= SWEEP_ROUNDS,
                         Patience::Endless => false,
                     };
                     if over {
@@ -101,8 +105,9 @@ impl<P: ProtectedTable, T: Tally> Caller<'_, P, T> {
                         self.table.kick();
                     }
                     pause.wait();
-                    if self.patience == Patience::Endless && pause.is_over() {
+                    if pause.is_over() {
                         pause = Pause::new();
+                        rounds = rounds.saturating_add(1);
                     }
                 }
                 Failure::Incomplete(token) => {

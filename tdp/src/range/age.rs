@@ -8,6 +8,7 @@
 //! whether or not it found the leaf tracked.
 
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::{Mmu, Shared};
 use crate::range::leaves::{LeafStep, Verdict};
@@ -32,6 +33,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         mut see: impl FnMut(LeafStep<'_>, Spte) -> Verdict,
     ) {
+        event::sweep("age", as_id, range);
         for root in self.roots.of(as_id) {
             let mut visit = self.domain.visit();
             self.sweep_leaves(&mut visit, &root, range, |leaf| {

@@ -23,6 +23,7 @@
 
 use crate::attributes::Visibility;
 use crate::entry::{self, EntryRef};
+use crate::event;
 use crate::host::{AddressSpaceId, Host, Lookup, Mapping};
 use crate::iter::TdpIter;
 use crate::mmu::{Mmu, Shared};
@@ -30,7 +31,7 @@ use crate::nx;
 use crate::range_zap::{Harvest, seal_subtree};
 use crate::root::Root;
 use crate::slots::SlotFlags;
-use crate::stats::{Stat, Tally};
+use crate::stats::{Deferred, Stat, Tally};
 use crate::table;
 use crate::tlb::PendingFlush;
 use tdp_arch::{Access, ENTRIES_PER_TABLE, Format, GfnRange, LeafAttrs, Level, Perms, Pfn, Spte};
@@ -49,12 +50,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         as_id: AddressSpaceId,
         range: GfnRange,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep("collapse", as_id, range);
         let mut pending = PendingFlush::new(self);
         let mut reader = self.domain.reader();
         for root in self.roots.of(as_id) {
             if root.is_obsolete() {
                 continue;
             }
+            let tally = Deferred::new(&self.shards.sweeps);
             let mut visit = self.domain.visit();
             let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, &root, range, Level::L2);
             while let Some(step) = iter.next() {
@@ -63,8 +66,8 @@ impl<F: Format, H: Host> Shared<F, H> {
                     continue;
                 }
                 let section = reader.enter();
-                let done =
-                    self.collapse_table(&section, &root, entry, covered, level, &mut pending);
+                let here = (entry, covered, level);
+                let done = self.collapse_table(&section, &root, here, &mut pending, &tally);
                 drop(section);
                 if done {
                     iter.skip_below();
@@ -75,15 +78,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         pending
     }
 
-    /// Collapses the table that `entry` points to, the frames of which are `block`. `false` if it stays.
+    /// Collapses the table that an entry of some level points to, the frames of which are `block`. `false` if it stays.
     fn collapse_table(
         &self,
         section: &Section<'_>,
         root: &Root<H>,
-        entry: EntryRef<'_>,
-        block: GfnRange,
-        level: Level,
+        (entry, block, level): (EntryRef<'_>, GfnRange, Level),
         pending: &mut PendingFlush<'_, F, H>,
+        tally: &impl Tally,
     ) -> bool {
         // Read once, before the look-up; see `invalidate.rs`.
         let invalidated = self.invalidations.now(section);
@@ -133,7 +135,6 @@ impl<F: Format, H: Host> Shared<F, H> {
             leaf = F::access_track(leaf);
         }
         leaf = seen.given_to::<F>(leaf);
-        let tally = &self.shards.sweeps;
         if entry::exchange::<F>(entry, level, old, leaf, tally).is_err() {
             return false;
         }
@@ -209,6 +210,23 @@ impl<F: Format, H: Host> Shared<F, H> {
             return false;
         };
         let page = table::page(self.host.frames(), table);
+        if level == Level::L1 {
+            // Nearly always all are there and none is aged: one loop without a branch says so.
+            let (mut differs, mut any) = (0, 0);
+            let mut expected = shape::<F>(F::split_child(reference, above, 0));
+            let mut index = 0;
+            while let Some(spte) = page.get(index).map(EntryRef::load) {
+                differs |= shape::<F>(spte).0 ^ expected.0;
+                any |= spte.0;
+                expected.0 += level.bytes();
+                index += 1;
+            }
+            if differs == 0 {
+                // Not tracked, as the reference is not.
+                seen.gather::<F>(Spte(any));
+                return true;
+            }
+        }
         let mut index = 0;
         while let Some(spte) = page.get(index).map(EntryRef::load) {
             let expected = F::split_child(reference, above, index);
@@ -252,11 +270,13 @@ impl<F: Format, H: Host> Shared<F, H> {
         let (true, Some(below)) = (F::is_mmu_present(now), level.below()) else {
             return;
         };
+        let site = entry.site();
         let page = table::page(self.host.frames(), F::pfn(now));
         let mut index = 0;
         while let Some(entry) = page.get(index) {
             let part = Pfn(pfn.0 + index as u64 * below.pages());
-            self.inherit(entry, below, part, harvest);
+            let site = site.below(level, F::pfn(now), index);
+            self.inherit(entry.at(site), below, part, harvest);
             index += 1;
         }
     }

@@ -8,6 +8,7 @@
 //! it held was taken away, and what stands in its place was installed by a fault after the sweep began.
 
 use crate::entry::{EntryRef, TablePage};
+use crate::event::Site;
 use crate::host::Host;
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -74,7 +75,7 @@ impl<'a> Marks<'a> {
     }
 
     /// From the first word to the last.
-    fn frames(&self) -> GfnRange {
+    pub(crate) fn frames(&self) -> GfnRange {
         GfnRange {
             start: self.start,
             end: Gfn(self.start.0 + self.words.len() as u64 * 64),
@@ -135,7 +136,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             root,
             range,
             |covered| marks.words_of(within(covered)).any(|(_, bits)| bits != 0),
-            |page, part, see| sweep_marked_table::<F>(page, part, marks, see),
+            |table, part, see| sweep_marked_table::<F>(table, part, marks, see),
             see,
         );
     }
@@ -147,7 +148,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         root: &Root<H>,
         range: GfnRange,
         wanted: impl Fn(GfnRange) -> bool,
-        table_of_small: impl Fn(&TablePage, GfnRange, &mut See) -> bool,
+        table_of_small: impl Fn(LeafTable<'_>, GfnRange, &mut See) -> bool,
         mut see: See,
     ) {
         let mut iter = TdpIter::<F, H>::new(visit, &self.host, root, range, Level::L2);
@@ -179,14 +180,17 @@ impl<F: Format, H: Host> Shared<F, H> {
                         Verdict::Stop => return,
                     }
                 } else if level == Level::L2 && F::is_table(spte) {
-                    let page = table::page(self.host.frames(), F::pfn(spte));
+                    let table = (
+                        table::page(self.host.frames(), F::pfn(spte)),
+                        Site::new(root.as_id, gfn, F::pfn(spte)),
+                    );
                     let covered = level.range(gfn);
                     let part = GfnRange {
                         start: covered.start.max(range.start),
                         end: covered.end.min(range.end),
                     };
                     looked_at = part.pages() as u32;
-                    if !table_of_small(page, part, &mut see) {
+                    if !table_of_small(table, part, &mut see) {
                         return;
                     }
                 }
@@ -197,20 +201,23 @@ impl<F: Format, H: Host> Shared<F, H> {
     }
 }
 
+/// A table of level 1, and where its first entry is.
+type LeafTable<'w> = (&'w TablePage, Site);
+
 /// The leaves of one table of level 1. `false` if the sweep is over.
 #[inline(always)]
 fn sweep_table<F: Format>(
-    page: &TablePage,
+    table: LeafTable<'_>,
     part: GfnRange,
     see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
 ) -> bool {
-    (part.start.0..part.end.0).all(|number| sweep_small::<F>(page, Gfn(number), see))
+    (part.start.0..part.end.0).all(|number| sweep_small::<F>(table, Gfn(number), see))
 }
 
 /// Those of them that are marked.
 #[inline(always)]
 fn sweep_marked_table<F: Format>(
-    page: &TablePage,
+    table: LeafTable<'_>,
     part: GfnRange,
     marks: Marks<'_>,
     see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
@@ -219,7 +226,7 @@ fn sweep_marked_table<F: Format>(
         while bits != 0 {
             let gfn = Gfn(first.0 + u64::from(bits.trailing_zeros()));
             bits &= bits - 1;
-            if !sweep_small::<F>(page, gfn, see) {
+            if !sweep_small::<F>(table, gfn, see) {
                 return false;
             }
         }
@@ -230,7 +237,7 @@ fn sweep_marked_table<F: Format>(
 /// The leaf of one frame in a table of level 1. `false` if the sweep is over.
 #[inline(always)]
 fn sweep_small<F: Format>(
-    page: &TablePage,
+    (page, site): LeafTable<'_>,
     gfn: Gfn,
     see: &mut impl FnMut(LeafStep<'_>) -> Verdict,
 ) -> bool {
@@ -239,6 +246,7 @@ fn sweep_small<F: Format>(
     let Some(entry) = page.get(level.index(gfn)) else {
         return true;
     };
+    let entry = entry.at(site.of(gfn));
     let mut spte = entry.load();
     while F::is_leaf(spte, level) {
         let leaf = LeafStep {

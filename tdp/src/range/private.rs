@@ -18,6 +18,7 @@
 
 use crate::confidential::Confidential;
 use crate::entry::EntryRef;
+use crate::event;
 use crate::frozen::{EntryPlace, FrozenEntry};
 use crate::handoff::{blocked, is_blocked};
 use crate::host::{AddressSpaceId, Host};
@@ -90,6 +91,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         as_id: AddressSpaceId,
         range: GfnRange,
     ) -> Result<Removed, RemovalError> {
+        event::sweep("remove_private", as_id, range);
         let mut sweep = Sweep {
             shared: self,
             batch: Vec::new(),

@@ -9,6 +9,7 @@
 //! writable or is an access-tracked one that may have been, and both if another sweep has yet to flush.
 
 use crate::entry;
+use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::{Mmu, Shared};
 use crate::range::leaves::Verdict;
@@ -32,6 +33,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         bits: u64,
         stale: impl Fn(Spte) -> bool,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep("write_protect", as_id, range);
         let mut pending = PendingFlush::new(self);
         for root in self.roots.of(as_id) {
             let mut visit = self.domain.visit();

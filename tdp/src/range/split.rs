@@ -8,21 +8,22 @@
 //! batch is got, and the walk goes on at the same leaf. It is in pre-order and reads an entry again before it goes below it,
 //! so one pass takes a leaf of 1 GiB down to 4 KiB. What is left of a batch goes back at the end.
 
-use crate::entry::{self, EntryRef, TABLE_ENTRIES};
+use crate::entry::{self, TABLE_ENTRIES};
+use crate::event;
 use crate::host::{AddressSpaceId, FrameSource, Host, OutOfFrames};
-use crate::iter::TdpIter;
+use crate::iter::{Step, TdpIter};
 use crate::mmu::{Mmu, Shared};
 use crate::nx;
 use crate::root::Root;
-use crate::stats::{Stat, Tally};
+use crate::stats::{Deferred, Stat, Tally};
 use crate::table::{self, Place, TableState};
 use alloc::vec::Vec;
-use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn};
 
 /// Frames got at a time: enough that beginning a visit costs little beside them, few enough that it ends soon.
 const BATCH: u64 = 128;
 /// Rounds of driving reclamation before an allocation gives up.
-const RECLAIM_ROUNDS: usize = 64;
+const RECLAIM_ROUNDS: usize = 128;
 
 /// What a split did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,6 +111,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         to: Level,
     ) -> Result<SplitReport, SplitStopped> {
+        event::sweep("split", as_id, range);
         let mut batch = Batch::new(self);
         let mut done = SplitReport {
             splits: 0,
@@ -176,6 +178,7 @@ impl<F: Format, H: Host> Shared<F, H> {
         done: &mut SplitReport,
         wants: &impl Fn(Level, GfnRange) -> bool,
     ) -> Option<Gfn> {
+        let tally = Deferred::new(&self.shards.sweeps);
         let mut visit = self.domain.visit();
         let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L2);
         while let Some(step) = iter.next() {
@@ -186,8 +189,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             let Some(pfn) = batch.frames.pop() else {
                 return Some(covered.start);
             };
-            if self.split_shared_leaf(root.as_id, step.entry, step.level, step.gfn, step.spte, pfn)
-            {
+            if self.split_shared_leaf(root.as_id, step, pfn, &tally) {
                 done.splits += 1;
             } else {
                 self.meta.set_state(pfn, TableState::Spare);
@@ -197,17 +199,16 @@ impl<F: Format, H: Host> Shared<F, H> {
         None
     }
 
-    /// Replaces `old`, a large leaf, by a table in the frame `pfn`. `false` if the entry is no leaf any more; the frame is
-    /// then linked nowhere.
+    /// Replaces a large leaf by a table in the frame `pfn`. `false` if the entry is no leaf any more; the frame is then
+    /// linked nowhere.
     fn split_shared_leaf(
         &self,
         as_id: AddressSpaceId,
-        entry: EntryRef<'_>,
-        level: Level,
-        gfn: Gfn,
-        mut old: Spte,
+        step: Step<'_>,
         pfn: Pfn,
+        tally: &impl Tally,
     ) -> bool {
+        let (entry, level, mut old) = (step.entry, step.level, step.spte);
         let Some(below) = level.below() else {
             return false;
         };
@@ -215,11 +216,10 @@ impl<F: Format, H: Host> Shared<F, H> {
             as_id,
             private: false,
             level: below,
-            gfn,
+            gfn: step.gfn,
         };
         self.meta.link(pfn, place);
         let page = table::page(self.host.frames(), pfn);
-        let tally = &self.shards.sweeps;
         while F::is_leaf(old, level) {
             page.fill(nx::children::<F>(old, level));
             match entry::exchange::<F>(entry, level, old, F::table(pfn), tally) {

@@ -7,6 +7,7 @@
 //! fault may fill the hole again while all that goes on.
 
 use crate::entry::{self, EntryRef};
+use crate::event::{self, Site, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
 use crate::mmu::Shared;
@@ -35,6 +36,14 @@ impl<F: Format, H: Host> Shared<F, H> {
         range: GfnRange,
         scope: ZapScope,
     ) -> PendingFlush<'_, F, H> {
+        event::sweep(
+            match scope {
+                ZapScope::Leaves => "zap_leaves",
+                ZapScope::Tables => "zap",
+            },
+            as_id,
+            range,
+        );
         let mut pending = PendingFlush::new(self);
         for root in self.roots.of(as_id) {
             self.zap_in_root(&root, range, scope, &mut pending);
@@ -52,7 +61,8 @@ impl<F: Format, H: Host> Shared<F, H> {
     ) {
         let tally = &self.shards.sweeps;
         let mut visit = self.domain.visit();
-        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L1);
+        // The leaves of a table of level 1 are gone through in a loop of their own.
+        let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L2);
         while let Some(step) = iter.next() {
             let (entry, level, covered) = (step.entry, step.level, step.range());
             let mut old = step.spte;
@@ -80,13 +90,72 @@ impl<F: Format, H: Host> Shared<F, H> {
                 pending.note(root.as_id, covered, true);
                 seal_subtree::<F, H>(self, pfn, below, tally, pending);
                 iter.skip_below();
+            } else if level == Level::L2 && F::is_table(old) {
+                let part = GfnRange {
+                    start: covered.start.max(range.start),
+                    end: covered.end.min(range.end),
+                };
+                self.zap_small(root.as_id, F::pfn(old), part, scope, pending);
+                iter.spend(part.pages() as u32);
             }
+        }
+    }
+
+    /// Zaps the entries of `part` in the table of level 1 at `pfn`, which was linked when its entry was read. If it is not
+    /// any more, they are sealed, and what stands in their place came after the zap began.
+    #[inline]
+    fn zap_small(
+        &self,
+        as_id: AddressSpaceId,
+        pfn: Pfn,
+        part: GfnRange,
+        scope: ZapScope,
+        pending: &mut PendingFlush<'_, F, H>,
+    ) {
+        let page = table::page(self.host.frames(), pfn);
+        let level = Level::L1;
+        // Booked once for the table: the counters of sweeps are shared.
+        let mut leaves = 0;
+        let mut zapped: Option<GfnRange> = None;
+        for number in part.start.0..part.end.0 {
+            let gfn = Gfn(number);
+            // The bit that makes a frame shared lies above this level.
+            let Some(entry) = page.get(level.index(gfn)) else {
+                break;
+            };
+            let entry = entry.at(Site::new(as_id, gfn, pfn));
+            let mut old = entry.load();
+            loop {
+                let is_leaf = F::is_leaf(old, level);
+                if !is_leaf && (scope == ZapScope::Leaves || F::mmio_entry(old).is_none()) {
+                    break;
+                }
+                match entry::take_small::<F>(entry, old) {
+                    Ok(()) if is_leaf => {
+                        self.keep_dirty(as_id, gfn, level, old);
+                        leaves += 1;
+                        let end = Gfn(number + 1);
+                        zapped.get_or_insert(GfnRange { start: gfn, end }).end = end;
+                        break;
+                    }
+                    Ok(()) => break,
+                    Err(actual) => old = actual,
+                }
+            }
+        }
+        if let Some(zapped) = zapped {
+            self.shards.sweeps.add(Stat::pages(level), -leaves);
+            pending.count_leaves(leaves as u64);
+            pending.note(as_id, zapped, false);
         }
     }
 
     /// Seals everything below a root and the root itself, without flushing.
     pub(crate) fn seal_root(&self, root: &Root<H>, pending: &mut PendingFlush<'_, F, H>) {
         let tally = &self.shards.sweeps;
+        // Whoever collects a dirty log waits for what this takes away to be marked.
+        let _visit = self.domain.visit();
+        Unlinked::of(&self.meta, root.pfn, root.limit()).was_root();
         seal_entries::<F, H>(self, root.pfn, root.level, tally, pending);
         self.meta.set_state(root.pfn, TableState::Sealed);
         pending.note(
@@ -161,12 +230,13 @@ fn seal_entries<F: Format, H: Host>(
 ) -> Harvest {
     let page = table::page(shared.host.frames(), pfn);
     let place = shared.meta.place(pfn);
+    let was = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
     let mut harvest = Harvest::default();
     // Booked once for the table: the counters of sweeps are shared.
     let mut leaves = 0;
     let mut index = 0;
     while let Some(entry) = page.get(index) {
-        let old = EntryRef::seal::<F>(entry);
+        let old = entry.at(was.entry(index)).seal::<F>(level);
         if F::is_leaf(old, level) {
             if let Some(place) = place {
                 let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());

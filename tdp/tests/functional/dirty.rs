@@ -291,6 +291,30 @@ both_formats! {
         }
     }
 
+    /// Rings hold pages of both address spaces: a reset is flushed in both.
+    fn a_reset_is_flushed_in_every_space<F>() {
+        let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 1024);
+        let other = AddressSpaceId(1);
+        let memory = Memory::new(Pfn(BASE), Level::L1);
+        let slot = Slot::new(Gfn(1 << 18)..Gfn((1 << 18) + PAGES), memory).with_id(ID);
+        rig.mmu.slots().insert(slot.in_space(other)).expect("the first slot");
+        for space in [SPACE, other] {
+            rig.mmu.slots().set_flags(space, ID, LOG).expect("it is there");
+        }
+        let mut cpu = rig.processor(rig.vcpu());
+        write(&mut cpu, 5);
+        cpu.vcpu.set_address_space(other).expect("a frame for the root");
+        assert!(cpu.run(Gfn((1 << 18) + 9).address(), Access::Write).is_ok());
+        let ring = cpu.vcpu.dirty_ring().expect("rings").clone();
+        let mut pages = Vec::new();
+        ring.harvest(|page| pages.push((page.as_id, page.offset)));
+        assert_eq!(pages, [(SPACE, 5), (other, 9)]);
+        let _ = rig.host().take_flushes();
+        rig.mmu.reset_dirty_rings().flush();
+        let flushed: Vec<_> = rig.host().take_flushes().iter().map(|it| (it.as_id, it.range.start)).collect();
+        assert_eq!(flushed, [(SPACE, Gfn(FIRST + 5)), (other, Gfn((1 << 18) + 9))]);
+    }
+
     /// What cannot be asked for.
     fn wrong_questions_are_refused<F>() {
         let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 0);

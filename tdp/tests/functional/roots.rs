@@ -165,20 +165,22 @@ both_formats! {
         let slot = Slot::new(Gfn(0)..Gfn(1 << 21), Memory::new(Pfn(BASE), Level::L1));
         rig.mmu.slots().insert(slot).expect("the first slot");
         let mut cpu = rig.processor(rig.vcpu());
-        // Two pages of one gigabyte, one of another, nothing between.
-        for gfn in [0, 512, 1 << 20] {
+        // Two pages of one gigabyte, one of the next, one of another, nothing between.
+        for gfn in [0, 512, 1 << 18, 1 << 20] {
             assert!(cpu.run(Gfn(gfn).address(), Access::Write).is_ok());
         }
         let before = rig.frames().allocated();
         let mut teardown = rig.mmu.invalidate_roots();
         assert!(teardown.step());
-        assert_eq!(rig.mmu.stats().pages, [1, 0, 0]);
+        assert_eq!(rig.mmu.stats().pages, [2, 0, 0]);
         assert_eq!(rig.host().take_flushes().len(), 1);
         assert_eq!(cpu.touch(Gpa(0), Access::Read).result, Err(Report::Absent));
         assert!(cpu.touch(Gfn(1 << 20).address(), Access::Read).result.is_ok());
         rig.mmu.synchronize();
         assert_eq!(before - rig.frames().allocated(), 3);
         assert!(cpu.run(Gpa(0), Access::Write).is_ok(), "under a new root");
+        assert!(teardown.step());
+        assert_eq!(rig.mmu.stats().pages, [2, 0, 0]);
         assert!(teardown.step());
         assert_eq!(rig.mmu.stats().pages, [1, 0, 0]);
         assert!(!teardown.step(), "the root itself");
@@ -323,7 +325,9 @@ both_formats! {
         assert_eq!(rig.mmu.stats().roots_made, 4);
         let made = rig.frames().allocated();
         rig.mmu.invalidate_roots().finish();
+        vcpu.load_root().expect("a frame for the root");
         rig.mmu.synchronize();
+        assert_eq!(made - rig.frames().allocated(), 12 + 4 - 1, "it keeps no root that it cannot use");
         let second: Vec<_> = kinds
             .iter()
             .map(|&kind| go(&mut vcpu, kind).expect("a frame for the root"))

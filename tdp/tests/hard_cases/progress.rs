@@ -77,7 +77,7 @@ both_formats! {
         assert!(seen.into_iter().eq(gfns()));
         // The same of the frames that nobody touches, while the tables of the others come and go beside it.
         rig.mmu.zap(SPACE, Gfn(0)..Gfn(FRAMES)).flush();
-        let steady = |gfn: &u64| gfn / 512 % 2 == 0;
+        let steady = |gfn: &u64| (gfn / 512).is_multiple_of(2);
         fill(&rig, gfns().filter(steady));
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -170,7 +170,10 @@ fn dirty_against_collapse_and_split() {
 fn processor_against_collapse() {
     explore("processor x collapse", Some(2), || {
         // Here the frame is freed as soon as it may be.
-        let (world, mut vcpu) = small_in(World::with_memory(TestHost::new().level(Level::L2)));
+        let (world, mut vcpu) = small_in(World::with_memory_below(
+            TestHost::new().level(Level::L2),
+            FIRST,
+        ));
         let mut processor = world.processor(&mut vcpu);
         let guest = thread::spawn(move || processor.touch(A));
         assert_eq!(collapse(&world.mmu), 1);
@@ -252,18 +255,13 @@ fn invalidation_against_collapse() {
 /// The slot goes while a table of it is collapsed.
 #[test]
 fn removal_against_collapse() {
-    explore("slot removal x collapse", Some(2), || {
+    explore("slot removal x collapse", Some(1), || {
         let (world, mut vcpu) = small(TestHost::new());
-        let mut processor = world.processor(&mut vcpu);
         let other = thread::spawn({
             let mmu = world.mmu.clone();
-            move || {
-                collapse(&mmu);
-                processor.touch(A);
-            }
+            move || collapse(&mmu)
         });
         world.mmu.slots().remove(SPACE, SlotId(0)).unwrap();
-        world.mmu.host().take_page(A);
         other.join().unwrap();
         assert_eq!(world.leaf(&mut vcpu, A), None, "a leaf outlived its slot");
         world.audit(&mut vcpu);
@@ -350,7 +348,7 @@ fn switch_against_fault() {
 /// large leaf in the slot that it does not see.
 #[test]
 fn log_against_collapse() {
-    explore("log x collapse", Some(2), || {
+    explore("log x collapse", Some(1), || {
         let (world, mut vcpu) = small(TestHost::new());
         let other = thread::spawn({
             let mmu = world.mmu.clone();

@@ -315,7 +315,7 @@ fn a_module_that_stays_busy_is_given_up_before_the_ticket_and_never_after() {
     script(
         &mmu,
         HandOffStep::Block,
-        (0..1000).map(|_| busy(Scope::Entry)),
+        (0..10_000).map(|_| busy(Scope::Entry)),
     );
     let error = match mmu.zap_private(SPACE, Gfn(3)..Gfn(4)) {
         Err(ConvertError::Removal(error)) => error,
@@ -325,11 +325,11 @@ fn a_module_that_stays_busy_is_given_up_before_the_ticket_and_never_after() {
     check(&mmu);
     assert_eq!(touch(&mmu, 3), Ok(Outcome::Spurious));
     script(&mmu, HandOffStep::Block, []);
-    // More than a bounded wait: nothing undoes what follows a ticket.
+    // More than a sweep waits: nothing undoes what follows a ticket.
     script(
         &mmu,
         HandOffStep::Remove,
-        (0..300).map(|_| busy(Scope::Entry)),
+        (0..2000).map(|_| busy(Scope::Entry)),
     );
     assert_eq!(mmu.zap_private(SPACE, Gfn(3)..Gfn(4)).unwrap().frames, 1);
     check(&mmu);

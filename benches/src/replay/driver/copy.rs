@@ -40,8 +40,9 @@ impl<F: Processor> Driver<F> {
         })
     }
 
-    fn copy(&mut self, range: &SpaceRange, expected: &Expected) -> Result<(), Stop> {
-        let gfns = self.gfns(range);
+    /// Brings a range into the recorded state.
+    pub(super) fn copy(&mut self, range: &SpaceRange, expected: &Expected) -> Result<(), Stop> {
+        let (gfns, nx_huge_pages) = (self.gfns(range), self.settings.nx_huge_pages);
         let Machine { hand, mmu, .. } = self.machine()?;
         let as_id = space(range.as_id);
         mmu.zap(as_id, gfns).flush();
@@ -67,7 +68,17 @@ impl<F: Processor> Driver<F> {
                 Entry::Leaf(leaf) => {
                     let level = Level::from_number(level).unwrap_or(Level::L1);
                     let block = level.range(Gfn(gfn));
-                    let _outcome = hand.map(Gfn(gfn), mapping(leaf, level), Access::Read)?;
+                    let large = Level::L2.pages() - 1;
+                    let _outcome = if nx_huge_pages
+                        && level == Level::L1
+                        && leaf.executable
+                        && (gfn ^ leaf.pfn) & large == 0
+                    {
+                        // Small because of a fetch, and its table is to say so.
+                        hand.map(Gfn(gfn), mapping(leaf, Level::L2), Access::Execute)?
+                    } else {
+                        hand.map(Gfn(gfn), mapping(leaf, level), Access::Read)?
+                    };
                     if !leaf.writable && leaf.mmu_writable {
                         mmu.write_protect(as_id, block, Level::L1).flush();
                     } else if !leaf.writable && leaf.host_writable {

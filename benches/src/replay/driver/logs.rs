@@ -5,17 +5,21 @@
 //! after the library had been there, and before KVM was, is swept again when KVM comes to it: within a sweep, it is free
 //! which entries are looked at before a fault and which after.
 
-use super::observe::{Doing, everything};
+use super::observe::Doing;
 use super::{Driver, Stop, space};
 use crate::replay::entry::{Entry, Transition};
+use crate::replay::expect::Expected;
 use crate::replay::findings::Difference;
 use crate::replay::ledger::Key;
 use crate::replay::processor::Processor;
+use crate::replay::rules::Rule;
 use crate::replay::scenario::{Op, PageRange};
 use crate::replay::spte;
 use crate::replay::step::{Answer, Operation};
-use crate::replay::trace::SpaceRange;
-use tdp::{DirtyPage, Level, SlotId};
+use crate::replay::trace::{SpaceRange, everything};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use tdp::{DirtyPage, Gfn, Level, Perms, SlotId};
 
 /// Pages per word of a bitmap.
 const WORD: u64 = 64;
@@ -79,7 +83,9 @@ impl<F: Processor> Driver<F> {
             let pages = pages.iter().map(|&(first, last)| first..=last);
             pages.flatten().take(most).collect()
         });
-        let same = recorded.as_ref().is_none_or(|recorded| *recorded == found);
+        let same = recorded
+            .as_ref()
+            .is_none_or(|recorded| self.is_same_log(as_id, slot, recorded, &found));
         if let Some(recorded) = recorded.filter(|_| !same) {
             self.note_log(seq, as_id, slot, &recorded, &found);
         }
@@ -118,12 +124,34 @@ impl<F: Processor> Driver<F> {
             log.clear(0, &mask)?.flush();
             Ok(missing)
         })?;
-        if !missing.is_empty() {
+        let same = self.is_same_log(as_id, slot, &missing, &[]);
+        if !same {
             self.note_log(seq, as_id, slot, &missing, &[]);
         }
-        let same = missing.is_empty();
         self.findings.operation(Operation::ClearDirtyLog, same);
         Ok(())
+    }
+
+    /// Whether two lists of dirty pages of a slot, in order, say the same of what the guest wrote. KVM's also has pages
+    /// that KVM or the VMM wrote; a guest that cannot write a page has not been overlooked.
+    fn is_same_log(&mut self, as_id: u8, slot: u32, recorded: &[u64], found: &[u64]) -> bool {
+        let Some(region) = self.slots.get(&(as_id, slot)).copied() else {
+            return recorded == found;
+        };
+        let Some(machine) = &self.machine else {
+            return recorded == found;
+        };
+        let recorded: BTreeSet<u64> = recorded.iter().copied().collect();
+        let found: BTreeSet<u64> = found.iter().copied().collect();
+        let mut by_others = 0;
+        let overlooked = recorded.difference(&found).any(|page| {
+            let gfn = Gfn(region.gfn + page);
+            by_others += 1;
+            let leaf = machine.mmu.translate(space(as_id), gfn);
+            leaf.is_some_and(|leaf| leaf.perms.contains(Perms::WRITE))
+        });
+        self.findings.written_by_others += by_others;
+        !overlooked && found.is_subset(&recorded)
     }
 
     fn reset_dirty_rings(&mut self, seq: u64, pages: Option<&[(u32, u64)]>) -> Result<(), Stop> {
@@ -247,13 +275,36 @@ impl<F: Processor> Driver<F> {
         Ok(())
     }
 
-    /// Tables that stand for fetches only are taken away.
-    pub(super) fn recover_nx(&mut self, count: usize) -> Result<(), Stop> {
+    /// A table that stands for fetches only is taken away. Which one of several the library takes first is its own
+    /// affair: if it is another one, that one is put back, and the record followed.
+    pub(super) fn recover_nx(
+        &mut self,
+        as_id: u8,
+        gfn: u64,
+        level: u8,
+        expected: &Expected,
+    ) -> Result<(), Stop> {
         self.machine()?;
-        self.observed(&everything(), Doing::Library, |driver| {
-            driver.machine()?.mmu.recover_nx(count).flush();
-            Ok(())
-        })?;
+        let before = self.view(&everything());
+        self.machine()?.mmu.recover_nx(1).flush();
+        let after = self.view(&everything());
+        let block = |as_id: u8, gfn: u64, level: u8| SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + spte::pages(level),
+        };
+        let taken = before.iter().find(|&(at, (_, entry))| {
+            *entry == Entry::Table && after.get(at).is_none_or(|now| now.1 != Entry::Table)
+        });
+        match taken {
+            Some((&(space, first, Reverse(at)), _))
+                if (space, first, at) != (as_id, gfn, level) =>
+            {
+                self.copy(&block(space, first, at), expected)?;
+                self.follow(Rule::RecoveryOrder, &block(as_id, gfn, level), expected)?;
+            }
+            _ => self.enter_changes(&before, &after, Doing::Library),
+        }
         self.findings.operation(Operation::RecoverNx, true);
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::replay::entry::{Entry, Transition, pages};
 use crate::replay::ledger::{Key, removal};
 use crate::replay::processor::Processor;
 use crate::replay::rules::Rule;
-use crate::replay::trace::{ADDRESS_SPACES, SpaceRange};
+use crate::replay::trace::SpaceRange;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
@@ -24,16 +24,6 @@ pub(super) enum Doing {
 
 /// Entries as they stand, tables before what they hold: address space, first frame, level to raw value and meaning.
 pub(super) type View = BTreeMap<(u8, u64, Reverse<u8>), (u64, Entry)>;
-
-/// Everything there can be.
-pub(super) fn everything() -> Vec<SpaceRange> {
-    let all = |as_id| SpaceRange {
-        as_id,
-        start: 0,
-        end: u64::MAX,
-    };
-    (0..ADDRESS_SPACES).map(all).collect()
-}
 
 impl<F: Processor> Driver<F> {
     /// The entries over `ranges` now.
@@ -67,7 +57,7 @@ impl<F: Processor> Driver<F> {
         Ok(result)
     }
 
-    fn enter_changes(&mut self, before: &View, after: &View, doing: Doing) {
+    pub(super) fn enter_changes(&mut self, before: &View, after: &View, doing: Doing) {
         // Where the last table that went away ends, in its address space, and its level.
         let mut unlinked: Option<(u8, u64, u8)> = None;
         let keys: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
@@ -150,7 +140,10 @@ impl<F: Processor> Driver<F> {
                 self.ledger
                     .ours(tally, self.episode, self.seq, key, transition);
             }
-            Doing::Copied(rule) => self.ledger.copied(key, transition, rule),
+            Doing::Copied(None) => self.ledger.copied(key, transition),
+            Doing::Copied(Some(rule)) => {
+                self.ledger.followed(self.episode, key, transition, rule);
+            }
         }
     }
 }

@@ -6,15 +6,16 @@ use crate::replay::expect::{Applied, Contradiction, Place, Space, Wrong};
 use crate::replay::ledger::Key;
 use crate::replay::pending::Guest;
 use crate::replay::rules::Rule;
-use crate::replay::scenario::Region;
+use crate::replay::scenario::{Op, Region};
 use crate::replay::spte::{self, Kind, Leaf, kind, pages};
-use crate::replay::step::{NotYet, Step};
+use crate::replay::step::Step;
 use crate::replay::trace::{Change, SpaceRange};
 
 impl Story {
     pub(super) fn change(&mut self, t: u32, change: &Change) {
         let (as_id, level) = (change.as_id, change.level);
         let (start, end) = (change.gfn, change.gfn.saturating_add(pages(level)));
+        self.close_ages(Some(t), &[SpaceRange { as_id, start, end }]);
         let fault = self.thread(t).fault;
         let covers = fault.filter(|f| f.lies_in(as_id, start, end) && f.guest != Guest::Shadow);
         let before = covers.and_then(|f| self.expected.leaf_at(f.space, f.gfn()));
@@ -78,17 +79,15 @@ impl Story {
             } else if from == Kind::Table && self.is_unlogging(t, as_id, start) {
                 self.follow(Rule::CollapseInPlace, as_id, start, level);
             } else if from == Kind::Table && self.is_recovering(t) {
-                self.thread(t).recovered += 1;
-            } else if from != Kind::Mmio {
-                self.removed(
-                    t,
-                    as_id,
-                    if from == Kind::Leaf {
-                        vec![leaf]
-                    } else {
-                        below
-                    },
-                );
+                let gfn = start;
+                self.steps.push(Step::RecoverNx { as_id, gfn, level });
+            } else if from == Kind::Leaf {
+                self.removed(t, as_id, &[leaf]);
+            } else if from == Kind::Table {
+                let known = self.removed(t, as_id, &below);
+                if !known {
+                    self.thread(t).zapped.push(SpaceRange { as_id, start, end });
+                }
             }
             return;
         }
@@ -107,21 +106,39 @@ impl Story {
             }
             // A second change of the same fault, below a split.
             Some(_) => {}
-            None if tracks_writes(change, from, to) => {
+            None if self.is_tracking(t) && tracks_writes(change, from, to) => {
                 let gfn = change.gfn;
                 self.steps.push(Step::TrackWrites { as_id, gfn });
             }
             // Part of what the host asked for.
             None if self.thread(t).age.is_some() && ages(change, from, to) => {}
-            None if is_sweep(change, from, to) => {
+            None if self.sweeps_logs(t) && is_sweep(change, from, to) => {
                 let gfn = change.gfn;
                 self.steps.push(Step::Sweep { as_id, gfn, level });
             }
             None => {
-                self.sweeps(t, NotYet::OtherSweep);
+                // Nothing that the library knows of; the episode will show it.
                 self.sync_visible(change);
             }
         }
+    }
+
+    /// Whether `t` is in an operation that brings sweeps with it: a log that begins or ends, is read or cleared.
+    fn sweeps_logs(&mut self, t: u32) -> bool {
+        self.thread(t).op.as_ref().is_some_and(|open| {
+            matches!(
+                open.op,
+                Op::SetRegion(_)
+                    | Op::GetDirtyLog { .. }
+                    | Op::ClearDirtyLog { .. }
+                    | Op::ResetDirtyRings { .. }
+            )
+        })
+    }
+
+    /// Whether `t` may be beginning to track writes: it runs nested guests, whose hypervisor's tables are shadowed.
+    fn is_tracking(&mut self, t: u32) -> bool {
+        self.thread(t).ran_nested && !self.sweeps_logs(t)
     }
 
     /// The library does otherwise by a rule, and is made to follow the record.
@@ -152,10 +169,10 @@ impl Story {
     pub(super) fn record(&mut self, t: u32, change: &Change, place: Place) {
         self.by(t);
         let detached = match place {
-            Place::Live(space) if space.is_nested() => {
+            Place::Live(space) if !space.is_nested() => false,
+            Place::Live(_) | Place::Nested => {
                 return self.steps.push(Step::Explained(Rule::NestedGuest));
             }
-            Place::Live(_) => false,
             Place::Detached => true,
             Place::GivenUp => {
                 return self.steps.push(Step::Explained(Rule::OneRootPerSpace));
@@ -217,9 +234,10 @@ impl Story {
         }
     }
 
-    /// `t` removed these leaves from a live tree: find the reason.
-    pub(super) fn removed(&mut self, t: u32, as_id: u8, leaves: Vec<Leaf>) {
-        for leaf in leaves {
+    /// `t` removed these leaves from a live tree: find the reason. Returns whether there is one for any of them.
+    fn removed(&mut self, t: u32, as_id: u8, leaves: &[Leaf]) -> bool {
+        let mut known = false;
+        for &leaf in leaves {
             let key = (as_id, leaf.gfn, leaf.level);
             for thread in self.threads.values_mut() {
                 if let Some(unmap) = &mut thread.unmap {
@@ -239,6 +257,7 @@ impl Story {
                 } else {
                     self.thread(t).unmap = Some(unmap);
                 }
+                known = true;
                 continue;
             }
             let region = self.thread(t).op.as_ref().and_then(|op| op.region);
@@ -246,19 +265,34 @@ impl Story {
                 |r: &Region| r.as_id == as_id && r.gfn < leaf.end() && leaf.gfn < r.gfn + r.pages;
             if region.as_ref().is_some_and(in_slot) {
                 self.begin_slot_change(t);
+                known = true;
                 continue;
             }
-            self.thread(t).removed.push((as_id, leaf));
+            let thread = self.thread(t);
+            thread.removed.push((as_id, leaf));
+            thread.zapped.push(SpaceRange {
+                as_id,
+                start: leaf.gfn,
+                end: leaf.end(),
+            });
         }
+        known
     }
 
-    /// Something is about to happen at `gfn`: removals there whose reason is unknown are copied now.
+    /// Something is about to happen at `gfn`: removals there whose reason is unknown are copied now, and what the host
+    /// asked for about it is done.
     pub(super) fn settle(&mut self, as_id: u8, gfn: u64) {
+        let page = SpaceRange {
+            as_id,
+            start: gfn,
+            end: gfn + 1,
+        };
+        self.close_ages(None, &[page]);
         let concerns = |thread: &Thread| {
             thread
-                .removed
+                .zapped
                 .iter()
-                .any(|(space, leaf)| *space == as_id && (leaf.gfn..leaf.end()).contains(&gfn))
+                .any(|r| r.as_id == as_id && (r.start..r.end).contains(&gfn))
         };
         let threads: Vec<u32> = self
             .threads
@@ -267,6 +301,29 @@ impl Story {
             .map(|(&t, _)| t)
             .collect();
         for t in threads {
+            self.close_activity(t);
+        }
+    }
+}
+
+impl Story {
+    /// What the host asked for about accessed bits in `ranges` is done, because entries there change otherwise now, by
+    /// `but`, whose own request goes on.
+    pub(super) fn close_ages(&mut self, but: Option<u32>, ranges: &[SpaceRange]) {
+        let overlap = |a: &SpaceRange, b: &SpaceRange| {
+            a.as_id == b.as_id && a.start < b.end && b.start < a.end
+        };
+        let concerns = |thread: &Thread| {
+            thread
+                .age
+                .as_ref()
+                .is_some_and(|(aged, _)| aged.iter().any(|a| ranges.iter().any(|b| overlap(a, b))))
+        };
+        let threads = self
+            .threads
+            .iter()
+            .filter(|&(&t, thread)| Some(t) != but && concerns(thread));
+        for t in threads.map(|(&t, _)| t).collect::<Vec<_>>() {
             self.close_activity(t);
         }
     }

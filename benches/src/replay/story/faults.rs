@@ -19,6 +19,7 @@ impl Story {
         code: Code,
     ) {
         let (as_id, seq) = (self.space_of(Some(vcpu)), self.seq);
+        let withheld = self.expected.nx_huge_pages;
         let thread = self.thread(t);
         thread.vcpu = Some(vcpu);
         let guest = match (left_nested, thread.nested_paging) {
@@ -41,6 +42,8 @@ impl Story {
             ahead: false,
             requested: None,
             overtaken: false,
+            withheld,
+            spurious: false,
             split: None,
             concluded: false,
         };
@@ -76,7 +79,7 @@ impl Story {
         let gfn = fault.gfn();
         let meets = match self.expected.leaf_at(fault.space, gfn) {
             Some(leaf) if fault.code.passes(&leaf) => Meets::Page {
-                pfn: leaf.pfn() + (gfn - leaf.gfn),
+                pfn: leaf.pfn_of(gfn),
             },
             Some(_) => Meets::Forbidden,
             None if self.expected.is_mmio(fault.space, gfn) => Meets::Mmio,
@@ -147,6 +150,8 @@ impl Story {
                 ahead: true,
                 requested: None,
                 overtaken: false,
+                withheld: self.expected.nx_huge_pages,
+                spurious: false,
                 split: None,
                 concluded: false,
             });
@@ -172,14 +177,16 @@ impl Story {
         }
     }
 
-    /// A fault of `t` that split a large leaf did nothing below.
+    /// A fault of `t` that split a large leaf did nothing below, or one that found its page repaired is over.
     pub(super) fn conclude_split(&mut self, t: u32) {
         let Some(fault) = self.thread(t).fault.filter(|fault| !fault.concluded) else {
             return;
         };
+        let after = self.expected.leaf_at(fault.space, fault.gfn());
         if fault.split.is_some() {
-            let after = self.expected.leaf_at(fault.space, fault.gfn());
             self.conclude(t, fault.effect(fault.split, after, false));
+        } else if fault.spurious && after.is_some_and(|leaf| fault.code.passes(&leaf)) {
+            self.conclude(t, fault.effect(after, after, false));
         }
     }
 
@@ -203,15 +210,9 @@ impl Story {
         self.faults_since_compare += 1;
         self.by(t);
         match conclusion {
-            Conclusion::Outside(rule) => {
-                self.thread(t).class = Class::Outside(rule);
-                self.steps.push(Step::OutsideFault(rule));
-            }
+            Conclusion::Outside(rule) => self.steps.push(Step::OutsideFault(rule)),
             Conclusion::Compare(answer, recorded) => {
-                let class = &mut self.thread(t).class;
-                if *class == Class::Compared {
-                    *class = Class::Fault;
-                }
+                self.thread(t).class = Class::Fault;
                 self.steps.push(Step::Fault(fault.step(answer, recorded)));
             }
         }
@@ -255,11 +256,19 @@ impl Story {
                 .note(space.as_id(), gfn, gfn + pages(level), t, self.seq);
             self.changed_since_compare = true;
         }
-        let open = self.thread(t).fault.filter(|fault| !fault.concluded);
+        let fault = self.thread(t).fault;
+        let open =
+            fault.filter(|f| !f.concluded && f.lies_in(space.as_id(), gfn, gfn + pages(level)));
         if let Some(fault) = open.filter(|_| fast.fixed || fast.spurious) {
             let after = self.expected.leaf_at(space, gfn);
-            let before = if fast.fixed { before } else { after };
-            self.conclude(t, fault.effect(before, after, false));
+            if fast.fixed {
+                self.conclude(t, fault.effect(before, after, false));
+            } else if after.is_some_and(|leaf| fault.code.passes(&leaf)) {
+                self.conclude(t, fault.effect(after, after, false));
+            } else if let Some(fault) = &mut self.thread(t).fault {
+                // Who repaired it is told later.
+                fault.spurious = true;
+            }
         }
     }
 

@@ -5,14 +5,18 @@ use crate::replay::expect::Space;
 use crate::replay::pending::Pending;
 use crate::replay::scenario::Op;
 use crate::replay::step::{Operation, SlotChange, Step};
-use crate::replay::trace::SpaceRange;
+use crate::replay::trace::{SpaceRange, everything};
 use std::collections::BTreeSet;
 
 /// Bytes of an entry of KVM's dirty rings.
 const DIRTY_RING_ENTRY: u64 = 16;
+/// Entries that the library's rings have at least and at most.
+const LEAST_RING: u64 = 1 << 16;
+const MOST_RING: u64 = 1 << 20;
 
 impl Story {
     pub(super) fn begin(&mut self, t: u32, index: u32) -> Result<(), String> {
+        self.close_ages(None, &everything());
         let op = self
             .scenario
             .op(index)
@@ -58,7 +62,9 @@ impl Story {
             }
             Op::ManualDirtyLog(bits) => self.log_flags = (bits & 1 != 0, bits & 3 == 3),
             Op::DirtyRing(bytes) => {
-                let entries = u32::try_from(bytes / DIRTY_RING_ENTRY).unwrap_or(0);
+                // Where KVM's is full, a vCPU only waits: no entry changes. The library's is never full.
+                let entries = (bytes / DIRTY_RING_ENTRY).clamp(LEAST_RING, MOST_RING);
+                let entries = entries.next_power_of_two() as u32;
                 self.steps.push(Step::DirtyRing(entries));
             }
             Op::NxHugePages(on) => {
@@ -145,6 +151,7 @@ impl Story {
     }
 
     pub(super) fn zap_all(&mut self, t: u32) {
+        self.close_ages(None, &everything());
         let slot = self.begin_slot_change_by(t, true);
         self.expected.detach_all(t);
         self.stamps.note_all(t, self.seq);
@@ -158,12 +165,7 @@ impl Story {
             self.by(t);
             self.steps.push(Step::InvalidateRoots);
         }
-        let everything = |as_id| SpaceRange {
-            as_id,
-            start: 0,
-            end: u64::MAX,
-        };
-        let ranges = vec![everything(0), everything(1)];
+        let ranges = everything();
         self.steps.push(Step::Verify {
             seq: self.seq,
             operation: Operation::InvalidateRoots,
@@ -175,6 +177,7 @@ impl Story {
         if ranges.is_empty() {
             return;
         }
+        self.close_ages(None, ranges);
         let mut owed = BTreeSet::new();
         for range in ranges {
             let leaves = self
