@@ -8,7 +8,7 @@
 //! batch is got, and the walk goes on at the same leaf. It is in pre-order and reads an entry again before it goes below it,
 //! so one pass takes a leaf of 1 GiB down to 4 KiB. What is left of a batch goes back at the end.
 
-use crate::entry::{self, TABLE_ENTRIES};
+use crate::entry::{self, EntryRef, TABLE_ENTRIES};
 use crate::event;
 use crate::host::{AddressSpaceId, FrameSource, Host, OutOfFrames};
 use crate::iter::{Step, TdpIter};
@@ -17,11 +17,15 @@ use crate::nx;
 use crate::root::Root;
 use crate::stats::{Deferred, Stat, Tally};
 use crate::table::{self, Place, TableState};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn};
+use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
 
 /// Frames got at a time: enough that beginning a visit costs little beside them, few enough that it ends soon.
 const BATCH: u64 = 128;
+/// Tables filled before the first of them is linked. An exchange waits until the stores before it have left the processor:
+/// one wait for many tables.
+const AHEAD: usize = 8;
 /// Rounds of driving reclamation before an allocation gives up.
 const RECLAIM_ROUNDS: usize = 128;
 
@@ -44,6 +48,17 @@ pub struct SplitStopped {
     pub done: SplitReport,
     /// Why it stopped.
     pub error: OutOfFrames,
+}
+
+/// A table that is ready to take the place of a leaf.
+struct Filled {
+    /// First frame of the leaf.
+    gfn: Gfn,
+    /// Its level.
+    level: Level,
+    /// The leaf that it was made of.
+    old: Spte,
+    pfn: Pfn,
 }
 
 /// Frames on their way to become tables. Dropped, they go back.
@@ -181,33 +196,91 @@ impl<F: Format, H: Host> Shared<F, H> {
         let tally = Deferred::new(&self.shards.sweeps);
         let mut visit = self.domain.visit();
         let mut iter = TdpIter::<F, H>::new(&mut visit, &self.host, root, range, Level::L2);
+        let mut ready: VecDeque<Filled> = VecDeque::with_capacity(AHEAD);
+        let mut stopped_at = None;
         while let Some(step) = iter.next() {
             let covered = step.range();
             if !F::is_leaf(step.spte, step.level) || !wants(step.level, covered) {
                 continue;
             }
-            let Some(pfn) = batch.frames.pop() else {
-                return Some(covered.start);
+            // What was filled for entries that are no large leaves any more.
+            while let Some(filled) =
+                ready.pop_front_if(|filled| (filled.level, filled.gfn) != (step.level, step.gfn))
+            {
+                batch.frames.push(filled.pfn);
+            }
+            if ready.is_empty() {
+                self.fill_ahead(root, range, step, batch, &mut ready, wants);
+            }
+            let Some(filled) = ready.pop_front() else {
+                stopped_at = Some(covered.start);
+                break;
             };
-            if self.split_shared_leaf(root.as_id, step, pfn, &tally) {
+            let pfn = filled.pfn;
+            if self.split_shared_leaf(root.as_id, step, filled, &tally) {
                 done.splits += 1;
             } else {
                 self.meta.set_state(pfn, TableState::Spare);
                 batch.frames.push(pfn);
             }
         }
-        None
+        let left = ready.into_iter().map(|filled| filled.pfn);
+        batch.frames.extend(left);
+        stopped_at
     }
 
-    /// Replaces a large leaf by a table in the frame `pfn`. `false` if the entry is no leaf any more; the frame is then
+    /// Fills tables for the leaf of `step` and for its neighbours in the same table that are to be split.
+    fn fill_ahead(
+        &self,
+        root: &Root<H>,
+        range: GfnRange,
+        step: Step<'_>,
+        batch: &mut Batch<'_, F, H>,
+        ready: &mut VecDeque<Filled>,
+        wants: &impl Fn(Level, GfnRange) -> bool,
+    ) {
+        let level = step.level;
+        // A leaf of 1 GiB is split further before its neighbour has its turn.
+        let most = if level == Level::L2 { AHEAD } else { 1 };
+        let table = table::page(self.host.frames(), step.table);
+        let first = root.index(level, step.gfn);
+        for ahead in 0..most {
+            let gfn = Gfn(step.gfn.0 + ahead as u64 * level.pages());
+            let old = if ahead == 0 {
+                step.spte
+            } else {
+                match table.get(first + ahead).map(EntryRef::load) {
+                    Some(old) if gfn < range.end => old,
+                    _ => break,
+                }
+            };
+            if !F::is_leaf(old, level) || !wants(level, level.range(gfn)) {
+                continue;
+            }
+            let Some(pfn) = batch.frames.pop() else {
+                break;
+            };
+            table::page(self.host.frames(), pfn).fill(nx::children::<F>(old, level));
+            ready.push_back(Filled {
+                gfn,
+                level,
+                old,
+                pfn,
+            });
+        }
+    }
+
+    /// Replaces a large leaf by the table that was filled for it. `false` if the entry is no leaf any more; the frame is then
     /// linked nowhere.
     fn split_shared_leaf(
         &self,
         as_id: AddressSpaceId,
         step: Step<'_>,
-        pfn: Pfn,
+        filled: Filled,
         tally: &impl Tally,
     ) -> bool {
+        let pfn = filled.pfn;
+        let mut made_of = Some(filled.old);
         let (entry, level, mut old) = (step.entry, step.level, step.spte);
         let Some(below) = level.below() else {
             return false;
@@ -221,7 +294,9 @@ impl<F: Format, H: Host> Shared<F, H> {
         self.meta.link(pfn, place);
         let page = table::page(self.host.frames(), pfn);
         while F::is_leaf(old, level) {
-            page.fill(nx::children::<F>(old, level));
+            if made_of.take() != Some(old) {
+                page.fill(nx::children::<F>(old, level));
+            }
             match entry::exchange::<F>(entry, level, old, F::table(pfn), tally) {
                 Ok(()) => {
                     tally.add(Stat::pages(below), TABLE_ENTRIES as i64);

@@ -4,7 +4,7 @@ use crate::world::{
     A, ALL, B, FIRST, Mmu, NEW, SPACE, TestHost, Vcpu, World, explore, only, settled,
 };
 use loom::thread;
-use tdp::{Access, Ept, Fault, Format, Level, Outcome, Perms, SlotFlags, SlotId, Spte};
+use tdp::{Access, Ept, Fault, Format, Gfn, Level, Outcome, Perms, SlotFlags, SlotId, Spte};
 
 const SMALL: Outcome = Outcome::Fixed { level: Level::L1 };
 const LARGE: Outcome = Outcome::Fixed { level: Level::L2 };
@@ -51,6 +51,27 @@ fn dirty_against_eager_split() {
         assert!(spte.0 & Ept::DIRTY != 0, "a dirty bit was lost");
         let tree = world.audit(&mut vcpu);
         assert_eq!((tree.tables, tree.small, tree.large), (1, 2, 0));
+        world.finish([vcpu]);
+    });
+}
+
+/// The same to the neighbour, whose table is filled before its turn comes.
+#[test]
+fn dirty_neighbour_against_eager_split() {
+    explore("dirty neighbour x eager split", None, || {
+        let (world, mut vcpu) = large(TestHost::new());
+        let far = Gfn(512);
+        assert_eq!(vcpu.fault(Fault::write(far.address())), Ok(LARGE));
+        world.clear_dirty(&mut vcpu, far);
+        let mut processor = world.processor(&mut vcpu);
+        let guest = thread::spawn(move || assert!(processor.set_dirty(far)));
+        let done = world.mmu.split(SPACE, ALL, Level::L1).unwrap();
+        assert_eq!(done.splits, 2);
+        guest.join().unwrap();
+        let spte = world.entry(&mut vcpu, far);
+        assert!(spte.0 & Ept::DIRTY != 0, "a dirty bit was lost");
+        let tree = world.audit(&mut vcpu);
+        assert_eq!((tree.tables, tree.small, tree.large), (2, 4, 0));
         world.finish([vcpu]);
     });
 }
@@ -358,12 +379,6 @@ fn log_against_collapse() {
         slots
             .set_flags(SPACE, SlotId(0), SlotFlags::LOG_DIRTY)
             .unwrap();
-        // An invalidation of something else waits for sections and nothing more.
-        let elsewhere = FIRST.end..ALL.end;
-        let invalidation = world.mmu.invalidate_begin(SPACE, elsewhere);
-        let flushed = invalidation.zap().flush();
-        invalidation.end(flushed);
-        world.mmu.split(SPACE, FIRST, Level::L1).unwrap();
         other.join().unwrap();
         let tree = world.audit(&mut vcpu);
         assert_eq!(tree.large, 0, "large in a slot whose log is on");
