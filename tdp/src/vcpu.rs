@@ -123,8 +123,8 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     ///
     /// # Errors
     ///
-    /// [`FaultError::OutOfFrames`] if a table may be needed and the frame source has none left, even after everything
-    /// that waited for a grace period was freed. Nothing was changed.
+    /// [`FaultError::OutOfFrames`] if a table may be needed and the frame source has none left, even after a bounded wait for
+    /// grace periods that would free some. Nothing was changed.
     #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);

@@ -119,7 +119,8 @@ impl DirtyRing {
     }
 
     /// Calls `see` for every page pushed since the last harvest, in order, and returns how many there were. They stay in
-    /// the ring, and writable, until they are [reset](crate::Mmu::reset_dirty_rings).
+    /// the ring, and writable, until they are [reset](crate::Mmu::reset_dirty_rings). `see` must not harvest or reset rings
+    /// itself: one collector is let in at a time.
     pub fn harvest(&self, mut see: impl FnMut(DirtyPage)) -> u64 {
         let mut harvested = self.harvested.lock();
         let from = *harvested;
