@@ -317,20 +317,26 @@ impl<H: Host> RootCache<H> {
         Self([const { None }; ROLES * MAX_ADDRESS_SPACES])
     }
 
-    fn place(&mut self, as_id: AddressSpaceId, ad_bits: AdBits) -> &mut Option<CachedRoot<H>> {
-        let space = usize::from(as_id.0) % MAX_ADDRESS_SPACES;
-        &mut self.0[space * ROLES + role(ad_bits)]
+    /// None for an address space that no MMU can have: a caller may ask for any.
+    fn place(
+        &mut self,
+        as_id: AddressSpaceId,
+        ad_bits: AdBits,
+    ) -> Option<&mut Option<CachedRoot<H>>> {
+        self.0.get_mut(usize::from(as_id.0) * ROLES + role(ad_bits))
     }
 
     /// Keeps a root that its vCPU leaves, unless it is obsolete.
     pub(crate) fn keep(&mut self, left: CachedRoot<H>) {
         let (as_id, ad_bits) = (left.root.as_id, left.root.ad_bits);
-        *self.place(as_id, ad_bits) = Some(left).filter(|left| !left.root.is_obsolete());
+        if let Some(place) = self.place(as_id, ad_bits) {
+            *place = Some(left).filter(|left| !left.root.is_obsolete());
+        }
     }
 
     /// The root that the vCPU has left, unless it has become obsolete since.
     pub(crate) fn take(&mut self, as_id: AddressSpaceId, ad_bits: AdBits) -> Option<CachedRoot<H>> {
-        self.place(as_id, ad_bits)
+        self.place(as_id, ad_bits)?
             .take()
             .filter(|left| !left.root.is_obsolete())
     }

@@ -348,6 +348,11 @@ both_formats! {
         drop(invalidation);
         slots.remove(SPACE, first).expect("it is there");
         rig.assert_maps(&mut smm, Gfn(1), Pfn(2 * BASE + 1), Level::L1, Perms::RWX);
+        // No id of a space that is not there stands for a root that was left.
+        for nowhere in (2..=u8::MAX).map(AddressSpaceId) {
+            assert_eq!(smm.set_address_space(nowhere), Err(MmuError::NoSuchSpace(nowhere)));
+            assert_eq!(smm.address_space(), OTHER, "it stays where it was");
+        }
         // Back again.
         smm.set_address_space(SPACE).expect("it exists");
         let outcome = smm.fault(Fault::read(Gpa(0x1000)));
