@@ -15,7 +15,7 @@ use crate::attributes::Visibility;
 use crate::confidential::Phase;
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::Shared;
-use crate::range::private::{RemovalError, Removed};
+use crate::range::private_sweep::{RemovalError, Removed};
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange};
 

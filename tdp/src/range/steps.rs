@@ -15,7 +15,7 @@
 
 use crate::host::Host;
 use crate::range::convert::ConvertError;
-use crate::range::private::Removed;
+use crate::range::private_sweep::Removed;
 use crate::tlb::PendingFlush;
 use core::ops::ControlFlow;
 use tdp_arch::{Format, Gfn, GfnRange, Level};
