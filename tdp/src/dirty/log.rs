@@ -283,18 +283,26 @@ impl<F: Format, H: Host> Shared<F, H> {
         let mut pending = PendingFlush::new(self);
         if !slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
             if self.eager_split {
+                let at_least = RestrictOnUnwind { shared: self, slot };
                 self.split_for_log(slot, range);
+                core::mem::forget(at_least);
             }
-            for root in self.roots.of(as_id) {
-                let by_bit = self.tracks_by_bit(&root);
-                let mut visit = self.domain.visit();
-                self.sweep_leaves(&mut visit, &root, range, |leaf| {
-                    self.restrict_leaf(as_id, by_bit, leaf, &mut pending)
-                });
-            }
+            self.restrict(slot, &mut pending);
         }
         pending.settle(as_id, range);
         pending
+    }
+
+    /// Has the next write to each page of a slot noticed.
+    fn restrict(&self, slot: &Slot<H::Backing>, pending: &mut PendingFlush<'_, F, H>) {
+        let as_id = slot.as_id();
+        for root in self.roots.of(as_id) {
+            let by_bit = self.tracks_by_bit(&root);
+            let mut visit = self.domain.visit();
+            self.sweep_leaves(&mut visit, &root, slot.gfns(), |leaf| {
+                self.restrict_leaf(as_id, by_bit, leaf, pending)
+            });
+        }
     }
 
     fn split_for_log(&self, slot: &Slot<H::Backing>, range: impl Into<GfnRange>) {
@@ -320,6 +328,22 @@ impl<F: Format, H: Host> Shared<F, H> {
         if let Some((slot, bitmap)) = slot.and_then(|slot| Some((slot, slot.bitmap()?))) {
             bitmap.mark(slot.offset(gfn), level.pages());
         }
+    }
+}
+
+/// Restricts a slot although the host's frame source has panicked in making its leaves small: the slot says already that its
+/// writes are noticed.
+struct RestrictOnUnwind<'a, F: Format, H: Host> {
+    shared: &'a Shared<F, H>,
+    slot: &'a Slot<H::Backing>,
+}
+
+impl<F: Format, H: Host> Drop for RestrictOnUnwind<'_, F, H> {
+    fn drop(&mut self) {
+        let mut pending = PendingFlush::new(self.shared);
+        self.shared.restrict(self.slot, &mut pending);
+        pending.settle(self.slot.as_id(), self.slot.gfns());
+        pending.flush();
     }
 }
 

@@ -18,6 +18,7 @@ use tdp::{
 pub(crate) struct SharedPool {
     pool: Arc<MmapPool>,
     starving: Arc<AtomicBool>,
+    panicking: Arc<AtomicBool>,
 }
 
 impl SharedPool {
@@ -25,6 +26,7 @@ impl SharedPool {
         Self {
             pool: Arc::new(pool),
             starving: Arc::default(),
+            panicking: Arc::default(),
         }
     }
 
@@ -36,6 +38,11 @@ impl SharedPool {
     /// Refuses all frames from now on, or no longer.
     pub(crate) fn starve(&self, on: bool) {
         self.starving.store(on, Ordering::Relaxed);
+    }
+
+    /// Panics when it is asked for frames the next time.
+    pub(crate) fn panic_once(&self) {
+        self.panicking.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn is_starving(&self) -> bool {
@@ -50,6 +57,10 @@ unsafe impl FrameSource for SharedPool {
     }
 
     fn allocate(&self, out: &mut [Pfn]) -> Result<usize, OutOfFrames> {
+        assert!(
+            !self.panicking.swap(false, Ordering::Relaxed),
+            "as the test asked"
+        );
         if self.is_starving() {
             let limit = self.pool.limit();
             return Err(OutOfFrames { limit });

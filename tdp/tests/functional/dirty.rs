@@ -3,6 +3,7 @@
 use crate::common::host::Memory;
 use crate::common::processor::Processor;
 use crate::common::rig::{Cpu, Rig, RigSetup};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tdp::{
     Access, AdBits, AddressSpaceId, DirtyLogError, DirtyPage, DirtyTracking, Fault, Gfn, Gpa,
@@ -149,6 +150,25 @@ both_formats! {
             let leaf = rig.mmu.translate(SPACE, gfn).expect("mapped");
             assert_eq!(leaf.level, Level::L2, "large again");
             write(&mut cpu, 101);
+        }
+    }
+
+    /// A panic of the frame source, while leaves are made small, leaves a log that notices every write.
+    fn a_log_that_panicked_in_the_beginning_is_one<F>() {
+        for tracking in TRACKINGS {
+            let rig = rig_splitting::<F>(tracking, true);
+            let mut cpu = rig.processor(rig.vcpu());
+            write(&mut cpu, 24);
+            let _ = rig.host().take_flushes();
+            rig.frames().panic_once();
+            let begun = catch_unwind(AssertUnwindSafe(|| log(&rig, LOG)));
+            assert!(begun.is_err());
+            assert!(!rig.host().take_flushes().is_empty());
+            assert_eq!(collect(&rig), [0; 0]);
+            assert!(cpu.touch(page(24), Access::Write).result.is_err(), "{tracking:?}");
+            write(&mut cpu, 25);
+            assert_eq!(collect(&rig), [25], "{tracking:?}");
+            assert_eq!(rig.mmu.audit().misplaced, 0);
         }
     }
 
