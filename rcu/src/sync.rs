@@ -99,6 +99,20 @@ pub unsafe fn fill_unshared<T: Pod>(atomics: &[Atomic<T>], mut value: impl FnMut
     }
 }
 
+/// Has the processor fetch the beginning of a value, `lines` cache lines of 64 bytes, while the caller does other things.
+#[inline(always)]
+pub fn prefetch<T>(value: &T, lines: usize) {
+    #[cfg(all(target_arch = "x86_64", not(loom)))]
+    for line in 0..lines.min(size_of::<T>().div_ceil(64)) {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let address = core::ptr::from_ref(value).cast::<i8>();
+        // SAFETY: a hint that reads nothing and faults on nothing, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.wrapping_add(line * 64)) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+    let _ = (value, lines);
+}
+
 /// A mutual-exclusion lock for the control plane. Poison is ignored: what it guards here is left whole by every panic.
 pub struct Mutex<T>(RawMutex<T>);
 

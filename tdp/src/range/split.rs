@@ -20,12 +20,16 @@ use crate::table::{self, Place, TableState};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
+use tdp_rcu::sync::prefetch;
 
 /// Frames got at a time: enough that beginning a visit costs little beside them, few enough that it ends soon.
 const BATCH: u64 = 128;
 /// Tables filled before the first of them is linked. An exchange waits until the stores before it have left the processor:
 /// one wait for many tables.
 const AHEAD: usize = 8;
+/// Cache lines of the next table that are fetched while one is filled. What reads ahead in the processor by itself stops at the end
+/// of a page.
+const LINES_AHEAD: usize = 16;
 /// Rounds of driving reclamation before an allocation gives up.
 const RECLAIM_ROUNDS: usize = 128;
 
@@ -96,6 +100,8 @@ impl<'a, F: Format, H: Host> Batch<'a, F, H> {
                         shared.meta.set_state(pfn, TableState::Spare);
                     }
                     self.frames.extend_from_slice(got);
+                    // Taken from the end: in the order of their addresses, which the processor sees and reads ahead.
+                    self.frames.sort_unstable_by(|a, b| b.cmp(a));
                 }
                 Err(_) if !self.frames.is_empty() => break,
                 Err(error) if drained => return Err(error),
@@ -260,6 +266,9 @@ impl<F: Format, H: Host> Shared<F, H> {
             let Some(pfn) = batch.frames.pop() else {
                 break;
             };
+            if let Some(&next) = batch.frames.last() {
+                prefetch(table::page(self.host.frames(), next), LINES_AHEAD);
+            }
             table::page(self.host.frames(), pfn).fill(nx::children::<F>(old, level));
             ready.push_back(Filled {
                 gfn,
