@@ -306,6 +306,12 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
         Pfn((spte.0 & Self::PFN_MASK) >> 12)
     }
 
+    /// The leaf `spte`, one of level 1 at frame 0, at frame `pfn` instead.
+    #[inline(always)]
+    fn with_pfn(spte: Spte, pfn: Pfn) -> Spte {
+        Spte(spte.0 | (pfn.0 << 12 & Self::PFN_MASK))
+    }
+
     /// First host frame of a leaf of `level`.
     #[inline(always)]
     fn leaf_pfn(spte: Spte, level: Level) -> Pfn {

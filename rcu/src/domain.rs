@@ -70,9 +70,9 @@ impl<G: Send + 'static> Domain<G> {
         Self::with_fences(config, false)
     }
 
-    /// Makes a domain whose sections cost one fence less, at the price of grace periods that interrupt every running
-    /// thread of the process (`membarrier(2)`); see `barrier.rs`. The same as [`new`](Self::new) where the system has no
-    /// such call.
+    /// Makes a domain whose sections cost one fence less as long as grace periods are rare, at the price of some of these,
+    /// which interrupt every running thread of the process (`membarrier(2)`); see `barrier.rs`. The same as
+    /// [`new`](Self::new) where the system has no such call.
     pub fn asymmetric(config: DomainConfig) -> Self {
         Self::with_fences(config, barrier::can_be_asymmetric())
     }
@@ -174,6 +174,13 @@ impl<G: Send + 'static> Domain<G> {
     /// [`synchronize`](Self::synchronize).
     pub fn synchronize_sections(&self) {
         self.inner.registry.synchronize();
+    }
+
+    /// Has every reader's [`stamp`](crate::Section::stamp) move, so that what it remembers from section to section is found
+    /// anew: for whoever has changed what can be found. A section that still goes by the old one began before, and is
+    /// waited for by [`synchronize_sections`](Self::synchronize_sections) after this.
+    pub fn move_stamps(&self) {
+        self.inner.registry.move_stamps();
     }
 
     /// Drives until something is freed, at most `attempts` times with a growing wait between: for an allocator that ran

@@ -32,7 +32,7 @@
 #![no_std]
 
 extern crate alloc;
-#[cfg(any(feature = "std", loom))]
+#[cfg(any(feature = "std", loom, shuttle))]
 extern crate std;
 
 mod barrier;
@@ -45,5 +45,5 @@ mod visit;
 
 pub use counters::Counters;
 pub use domain::{Domain, DomainConfig};
-pub use section::{Reader, Section};
+pub use section::{Reader, Section, Stamp};
 pub use visit::Visit;

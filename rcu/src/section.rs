@@ -17,6 +17,22 @@
 //! grace period was for. The store of `enter` is Release for the same reason: the retire side may load this one and never
 //! see the `leave` before it, and a plain store would not carry what came before that `leave`.
 //!
+//! A reader may keep what it found in one section for the next, if it can tell that nothing was handed over to be freed in
+//! between: each snapshot, before its fence, counts up the *stamp* of every record. So does whoever changed what readers
+//! remember, before it waits for them.
+//!
+//! ```text
+//!   enter; stamp (Acquire); walk: find        unlink
+//!   leave                                     stamp += 1   (AcqRel)
+//!   enter (fence); stamp: the same?           heavy fence; load word
+//! ```
+//!
+//! What was found is freed after a snapshot that follows its unlinking. If that one had counted before the first section took
+//! its stamp, the walk would have seen the unlinking (Acquire of the count). If it counts later, then either the fence of
+//! the section that asks again comes first, and the snapshot sees it inside and waits for it; or the snapshot's does, and the
+//! section sees another stamp. A stamp that is the same says *memory*, not *linked*: the two may have been parted since. It
+//! says *linked*, too, of what is unlinked by those only who move the stamps and wait for the sections before they go on.
+//!
 //! A section that is forgotten leaves its word odd. The next one of the same reader takes the odd word over as it is, so
 //! that the two are one long section to the retire side: nothing is freed early, and the wait ends when that one leaves
 //! or when the reader is dropped.
@@ -25,7 +41,7 @@ use alloc::vec::Vec;
 use core::cell::Cell;
 use core::marker::PhantomData;
 
-use crate::barrier;
+use crate::barrier::{Debt, Fences};
 #[cfg(not(loom))]
 use crate::sync::spin_loop;
 use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering};
@@ -41,17 +57,23 @@ const LOOKS: usize = 64;
 #[repr(align(128))]
 pub(crate) struct Record {
     word: AtomicU64,
-    #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+    /// Times that the retire side wanted whatever was remembered to be forgotten.
+    stamp: AtomicU64,
+    /// Fences that the sections owe.
+    debt: Debt,
+    #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
     owner: crate::sync::AtomicUsize,
 }
 
 const _: () = assert!(align_of::<Record>() == 128);
 
 impl Record {
-    fn new() -> Self {
+    fn new(asymmetric: bool) -> Self {
         Self {
             word: AtomicU64::new(0),
-            #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+            stamp: AtomicU64::new(0),
+            debt: Debt::new(asymmetric),
+            #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
             owner: crate::sync::AtomicUsize::new(0),
         }
     }
@@ -91,7 +113,7 @@ impl Record {
     /// Says so, in debug builds, instead of waiting for ever for a section of this very thread.
     #[inline]
     fn forbid_own(&self, _word: u64) {
-        #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+        #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
         assert!(
             self.owner.load(Ordering::Relaxed) != thread_number() || self.has_left(_word),
             "a grace period was waited for inside a section of the same thread"
@@ -100,13 +122,13 @@ impl Record {
 
     #[inline]
     fn note_owner(&self) {
-        #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+        #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
         self.owner.store(thread_number(), Ordering::Relaxed);
     }
 }
 
 /// A number that no two living threads share, never 0.
-#[cfg(all(debug_assertions, feature = "std", not(loom)))]
+#[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
 fn thread_number() -> usize {
     std::thread_local!(static MARK: u8 = const { 0 });
     MARK.with(|mark| core::ptr::from_ref(mark).addr())
@@ -118,20 +140,19 @@ pub(crate) struct Registry {
     // A lock, not another generation of reclamation: it is taken when a vCPU comes or goes and once per scan. A reader
     // that registers after a scan took the list locks after it, so all its sections see the unlinking.
     records: Mutex<Arc<Vec<Arc<Record>>>>,
-    /// The way of the fences.
-    asymmetric: bool,
+    fences: Fences,
 }
 
 impl Registry {
     pub(crate) fn new(asymmetric: bool) -> Self {
         Self {
-            asymmetric,
+            fences: Fences::new(asymmetric),
             records: Mutex::new(Arc::new(Vec::new())),
         }
     }
 
     fn register(&self) -> Arc<Record> {
-        let record = Arc::new(Record::new());
+        let record = Arc::new(Record::new(self.fences.are_asymmetric()));
         Arc::make_mut(&mut self.records.lock()).push(record.clone());
         record
     }
@@ -147,13 +168,20 @@ impl Registry {
         self.records.lock().len()
     }
 
+    /// Has every reader forget what it remembers, see [`Section::stamp`].
+    pub(crate) fn move_stamps(&self) {
+        let records = self.records.lock().clone();
+        move_stamps(&records);
+    }
+
     /// Remembers who is inside now; what was unlinked before the call may be freed when all of them have left.
     pub(crate) fn snapshot(&self) -> Laggards {
         let records = self.records.lock().clone();
         if records.is_empty() {
             return Laggards(Vec::new());
         }
-        barrier::heavy(self.asymmetric);
+        move_stamps(&records);
+        self.fences.order(records.iter().map(|record| &record.debt));
         Laggards(
             records
                 .iter()
@@ -168,7 +196,7 @@ impl Registry {
         if records.is_empty() {
             return;
         }
-        barrier::heavy(self.asymmetric);
+        self.fences.order(records.iter().map(|record| &record.debt));
         for records in records.chunks(SCAN) {
             // All words first, then the waits: the waits overlap, and no section that begins meanwhile is waited for.
             let mut words = [0; SCAN];
@@ -181,6 +209,14 @@ impl Registry {
                 }
             }
         }
+    }
+}
+
+fn move_stamps(records: &[Arc<Record>]) {
+    for record in records {
+        // AcqRel: Release, for a section that takes its stamp after this and must not find what was unlinked before; the fence
+        // that follows orders it before the look at the words.
+        record.stamp.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -209,9 +245,10 @@ pub(crate) trait Home: Send + Sync {
 ///
 /// Dropping it unregisters it; batches that wait for it count it as left. It keeps what it needs of the domain alive, the
 /// pending garbage included, so it may outlive the [`Domain`](crate::Domain).
+// The record comes first, for whoever puts what else a section needs into the same line.
+#[repr(C)]
 pub struct Reader {
     record: Arc<Record>,
-    asymmetric: bool,
     home: Arc<dyn Home>,
     _not_sync: PhantomData<Cell<()>>,
 }
@@ -220,7 +257,6 @@ impl Reader {
     pub(crate) fn register(home: Arc<dyn Home>) -> Self {
         Self {
             record: home.registry().register(),
-            asymmetric: home.registry().asymmetric,
             home,
             _not_sync: PhantomData,
         }
@@ -236,12 +272,10 @@ impl Reader {
         let word = &self.record.word;
         // Relaxed: only the owner writes the word, and `&mut self` is the owner.
         let inside = word.load(Ordering::Relaxed) | 1;
-        word.store(inside, Ordering::Release);
-        barrier::light(self.asymmetric);
+        self.record.debt.announce(word, inside);
         Section {
             record: &self.record,
             inside,
-            asymmetric: self.asymmetric,
             _not_send: PhantomData,
         }
     }
@@ -275,20 +309,35 @@ impl core::fmt::Debug for Reader {
 pub struct Section<'r> {
     record: &'r Record,
     inside: u64,
-    asymmetric: bool,
     // A section belongs to the thread that entered it.
     _not_send: PhantomData<*const ()>,
 }
 
+/// How much was handed over to be freed before a section of a reader, see [`Section::stamp`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp(u64);
+
+impl Stamp {
+    /// The stamp of no section.
+    pub const NONE: Self = Self(u64::MAX);
+}
+
 impl Section<'_> {
+    /// What a later section of the same reader compares with its own: as long as the two are the same, what was found in the
+    /// earlier section after this call is still there. It may have been unlinked meanwhile. Reads the reader's own line.
+    #[inline(always)]
+    pub fn stamp(&self) -> Stamp {
+        // Acquire, partner of the count in `Registry::snapshot`: what is found from here on was not unlinked before it.
+        Stamp(self.record.stamp.load(Ordering::Acquire))
+    }
+
     /// Leaves and enters again in one go, between two items of a batch. Nothing read before may be used after.
     #[inline]
     pub fn repin(&mut self) {
         self.inside = self.inside.wrapping_add(2);
         // To the retire side this is both: another odd word, so the section before has left (Release), and a section
         // that is inside, announced before its walk (fence).
-        self.record.word.store(self.inside, Ordering::Release);
-        barrier::light(self.asymmetric);
+        self.record.debt.announce(&self.record.word, self.inside);
     }
 }
 

@@ -1,4 +1,5 @@
-//! The one module that names atomics, locks and fences, and swaps those of core and std for loom's under `cfg(loom)`.
+//! The one module that names atomics, locks and fences, and swaps those of core and std for loom's under `cfg(loom)` and
+//! for shuttle's under `cfg(shuttle)`.
 //!
 //! Everything above takes its atomics from here, so that a loom model runs the code that ships. Two things differ by
 //! configuration and are hidden here: [`Atomic`] is the `atomic` crate's (without its lock fallback) or a wrapper over
@@ -17,7 +18,11 @@ use imp::RawMutex;
 pub use imp::*;
 pub use plain::Plain;
 
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+#[path = "sync/scheduled.rs"]
+mod imp;
+
+#[cfg(not(any(loom, shuttle)))]
 mod imp {
     pub use atomic::Atomic;
     pub use core::hint::spin_loop;
@@ -125,25 +130,25 @@ impl<T> Mutex<T> {
     /// Waits until the lock is free and takes it. Spins without std.
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        #[cfg(any(feature = "std", loom))]
+        #[cfg(any(feature = "std", loom, shuttle))]
         return self
             .0
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        #[cfg(not(any(feature = "std", loom)))]
+        #[cfg(not(any(feature = "std", loom, shuttle)))]
         return self.0.lock();
     }
 
     /// Takes the lock if it is free now.
     #[inline]
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        #[cfg(any(feature = "std", loom))]
+        #[cfg(any(feature = "std", loom, shuttle))]
         return match self.0.try_lock() {
             Ok(guard) => Some(guard),
             Err(std::sync::TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
             Err(std::sync::TryLockError::WouldBlock) => None,
         };
-        #[cfg(not(any(feature = "std", loom)))]
+        #[cfg(not(any(feature = "std", loom, shuttle)))]
         return self.0.try_lock();
     }
 }
@@ -160,13 +165,18 @@ impl<T> core::fmt::Debug for Mutex<T> {
     }
 }
 
+#[cfg(loom)]
+use loom::thread::yield_now;
+#[cfg(shuttle)]
+use shuttle::thread::yield_now;
+
 /// A bounded local wait: spins twice as long each time, then yields the thread (with std), and says when it is time to
-/// give up or to block. Under loom it yields at once, which is what lets a model with a waiting loop end.
+/// give up or to block. Under loom and shuttle it yields at once, which is what lets a model with a waiting loop end.
 #[derive(Debug, Default)]
 pub struct Backoff {
-    #[cfg(not(loom))]
+    #[cfg(not(any(loom, shuttle)))]
     inner: crossbeam_utils::Backoff,
-    #[cfg(loom)]
+    #[cfg(any(loom, shuttle))]
     rounds: core::cell::Cell<u32>,
 }
 
@@ -180,30 +190,30 @@ impl Backoff {
     /// Waits a little, longer each time.
     #[inline]
     pub fn snooze(&self) {
-        #[cfg(not(loom))]
+        #[cfg(not(any(loom, shuttle)))]
         self.inner.snooze();
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         {
             self.rounds.set(self.rounds.get() + 1);
-            loom::thread::yield_now();
+            yield_now();
         }
     }
 
     /// Whether it has waited as long as a bounded wait should.
     #[inline]
     pub fn is_completed(&self) -> bool {
-        #[cfg(not(loom))]
+        #[cfg(not(any(loom, shuttle)))]
         return self.inner.is_completed();
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         return self.rounds.get() >= 2;
     }
 
     /// Begins again.
     #[inline]
     pub fn reset(&self) {
-        #[cfg(not(loom))]
+        #[cfg(not(any(loom, shuttle)))]
         self.inner.reset();
-        #[cfg(loom)]
+        #[cfg(any(loom, shuttle))]
         self.rounds.set(0);
     }
 }
@@ -228,16 +238,16 @@ impl Pause {
     pub fn wait(&mut self) {
         let step = self.steps;
         self.steps = step.saturating_add(1);
-        #[cfg(loom)]
-        loom::thread::yield_now();
-        #[cfg(not(loom))]
+        #[cfg(any(loom, shuttle))]
+        yield_now();
+        #[cfg(not(any(loom, shuttle)))]
         match step {
             0..6 => (0..1u32 << step).for_each(|_| spin_loop()),
             _ => Self::rest(step),
         }
     }
 
-    #[cfg(all(feature = "std", not(loom)))]
+    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
     fn rest(step: u32) {
         match step {
             0..24 => std::thread::yield_now(),
@@ -248,7 +258,7 @@ impl Pause {
         }
     }
 
-    #[cfg(not(any(feature = "std", loom)))]
+    #[cfg(not(any(feature = "std", loom, shuttle)))]
     fn rest(_step: u32) {
         (0..256).for_each(|_| spin_loop());
     }

@@ -61,7 +61,7 @@ pub(crate) fn forbid_own(collector: &Collector) {
 
 pub(crate) use own::Own;
 
-#[cfg(all(debug_assertions, feature = "std", not(loom)))]
+#[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
 mod own {
     //! Which collectors this thread visits. A visit cannot change threads.
 
@@ -100,7 +100,7 @@ mod own {
     }
 }
 
-#[cfg(not(all(debug_assertions, feature = "std", not(loom))))]
+#[cfg(not(all(debug_assertions, feature = "std", not(any(loom, shuttle)))))]
 mod own {
     use crossbeam_epoch::Collector;
 

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use tdp_rcu::sync::{Arc, AtomicBool, AtomicUsize, Ordering};
-use tdp_rcu::{Domain, DomainConfig, Reader};
+use tdp_rcu::{Domain, DomainConfig, Reader, Stamp};
 
 /// Garbage that counts its drops.
 struct Counted(Arc<AtomicUsize>);
@@ -39,6 +39,22 @@ impl World {
     fn drops(&self) -> usize {
         self.drops.load(Ordering::Relaxed)
     }
+}
+
+#[test]
+fn a_stamp_stays_until_something_is_handed_over() {
+    let w = world(1000);
+    let mut reader = w.domain.reader();
+    let stamp = reader.enter().stamp();
+    w.retire();
+    w.domain.synchronize_sections();
+    let mut section = reader.enter();
+    assert_eq!(section.stamp(), stamp, "retired, and not handed over");
+    w.domain.drive();
+    assert_eq!(w.drops(), 0, "a section is inside");
+    section.repin();
+    assert_ne!(section.stamp(), stamp);
+    assert_ne!(stamp, Stamp::NONE);
 }
 
 #[test]

@@ -12,6 +12,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering as Plain};
+use std::time::{Duration, Instant};
 
 use loom::cell::UnsafeCell;
 use loom::thread;
@@ -27,18 +28,39 @@ fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Syn
     let count = executions.clone();
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
+    builder.max_duration = time_limit();
     builder.max_branches = 10_000;
+    let start = Instant::now();
     builder.check(move || {
         count.fetch_add(1, Plain::Relaxed);
         model();
     });
     println!(
-        "loom {name}: {} executions, {}",
+        "loom {name}: {} executions, {}{}, {:.1} s",
         executions.load(Plain::Relaxed),
         preemptions.map_or("exhaustive".into(), |bound| format!(
             "preemption bound {bound}"
-        ))
+        )),
+        cut_off(start),
+        start.elapsed().as_secs_f64(),
     );
+}
+
+/// What one model may take, from the environment; without it, as long as it needs.
+fn time_limit() -> Option<Duration> {
+    let seconds = std::env::var("MODEL_SECONDS").ok()?;
+    let seconds = seconds.parse().expect("MODEL_SECONDS is a number");
+    Some(Duration::from_secs(seconds))
+}
+
+/// Says so of a model that was not explored to its end.
+fn cut_off(start: Instant) -> &'static str {
+    let limit = time_limit().unwrap_or(Duration::MAX);
+    if start.elapsed() >= limit {
+        ", cut off"
+    } else {
+        ""
+    }
 }
 
 /// An object behind a link, as a table is behind an entry.
@@ -61,10 +83,14 @@ impl Object {
     /// What a walk does. Relaxed: the handshake of section and retirement has to order it all by itself.
     fn walk(&self) {
         if self.linked.load(Ordering::Relaxed) {
-            // SAFETY: loom checks that no write is concurrent with this read, which is what the models are about.
-            self.memory
-                .with(|memory| assert_eq!(unsafe { *memory }, ALIVE, "freed while linked for us"));
+            self.read();
         }
+    }
+
+    fn read(&self) {
+        // SAFETY: loom checks that no write is concurrent with this read, which is what the models are about.
+        self.memory
+            .with(|memory| assert_eq!(unsafe { *memory }, ALIVE, "freed while linked for us"));
     }
 
     fn walk_in_section(&self, _inside: &Section<'_>) {
@@ -158,6 +184,27 @@ fn repinned_section_against_retire() {
             section.repin();
             object.walk_in_section(&section);
         });
+    });
+}
+
+/// What one section has found the next one uses without looking at the link, if the stamp is the same.
+fn kept(reader: &mut Reader, object: &Object) {
+    let section = reader.enter();
+    let stamp = section.stamp();
+    let found = object.linked.load(Ordering::Relaxed);
+    object.walk_in_section(&section);
+    drop(section);
+    let section = reader.enter();
+    if found && section.stamp() == stamp {
+        object.read();
+    }
+    drop(section);
+}
+
+#[test]
+fn kept_find_against_retire() {
+    explore("section, section by the stamp x retire", None, || {
+        sections_against_drive(kept);
     });
 }
 
@@ -320,6 +367,26 @@ fn visit_against_synchronize() {
         let walker = thread::spawn({
             let (domain, object) = (domain.clone(), object.clone());
             move || object.walk_in_visit(&domain.visit())
+        });
+        object.unlink();
+        domain.synchronize();
+        object.free();
+        walker.join().unwrap();
+    });
+}
+
+/// The same where the visitor waits for a grace period too, and may run what ends the other's.
+#[test]
+fn visit_against_two_that_synchronize() {
+    explore("visit, synchronize x synchronize", Some(1), || {
+        let domain = domain();
+        let object = Object::new();
+        let walker = thread::spawn({
+            let (domain, object) = (domain.clone(), object.clone());
+            move || {
+                object.walk_in_visit(&domain.visit());
+                domain.synchronize();
+            }
         });
         object.unlink();
         domain.synchronize();

@@ -10,7 +10,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use tdp_rcu::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering};
-use tdp_rcu::{Domain, DomainConfig};
+use tdp_rcu::{Domain, DomainConfig, Stamp};
 
 const SLOTS: usize = 8;
 const OBJECTS: usize = 64;
@@ -29,10 +29,15 @@ struct World {
 
 impl World {
     /// A walk through one slot: takes the link, pauses, then looks at the object for a while.
-    fn walk(&self, at: usize, pause: fn()) {
+    fn walk(&self, at: usize, pause: fn()) -> u64 {
         let link = self.slots[at % SLOTS].load(Ordering::Acquire);
-        let (object, stamp) = (link as u32 as usize, link >> 32);
         pause();
+        self.look(link, at);
+        link
+    }
+
+    fn look(&self, link: u64, at: usize) {
+        let (object, stamp) = (link as u32 as usize, link >> 32);
         for _ in 0..8 << (at % 6) {
             if self.stamps[object].load(Ordering::Relaxed) != stamp {
                 self.stale.fetch_add(1, Ordering::Relaxed);
@@ -65,15 +70,25 @@ impl Drop for Garbage {
 
 #[test]
 fn no_reader_sees_a_freed_object() {
+    run(Domain::new(DomainConfig { bound: BOUND }));
+}
+
+/// The same where the retire side pays for the fences, if the system has it.
+#[test]
+fn no_reader_without_a_fence_sees_a_freed_object() {
+    run(Domain::asymmetric(DomainConfig { bound: BOUND }));
+}
+
+fn run(domain: Domain<Garbage>) {
     let world = Arc::new(World {
         slots: std::array::from_fn(|object| AtomicU64::new(object as u64)),
         stamps: (0..OBJECTS).map(|_| AtomicU64::new(0)).collect(),
         free: Mutex::new((SLOTS..OBJECTS).collect()),
         stale: AtomicUsize::new(0),
     });
-    let domain = Domain::new(DomainConfig { bound: BOUND });
     let done = AtomicBool::new(false);
     let walks = AtomicUsize::new(0);
+    let kept = AtomicUsize::new(0);
     let start = Barrier::new(RETIRERS + WALKERS);
     thread::scope(|scope| {
         let retirers: Vec<_> = (0..RETIRERS)
@@ -101,15 +116,22 @@ fn no_reader_sees_a_freed_object() {
             })
             .collect();
         // They yield outside, or on few cores most of a grace period is the wait for a time slice.
-        // A vCPU that repins, one that forgets sections, one that is replaced all the time, and a sweep.
+        // A vCPU that repins and keeps what it found for as long as it may, one that forgets sections, one that is replaced all the time, and a sweep.
         scope.spawn(|| {
             start.wait();
             let mut reader = domain.reader();
             let mut at = 0;
+            let mut find = (Stamp::NONE, 0);
             while !done.load(Ordering::Relaxed) {
                 let mut section = reader.enter();
                 for _ in 0..64 {
-                    world.walk(at, pause_if(at % 16 == 0));
+                    let stamp = section.stamp();
+                    if find.0 == stamp {
+                        world.look(find.1, at);
+                        kept.fetch_add(1, Ordering::Relaxed);
+                    } else {
+                        find = (stamp, world.walk(at, pause_if(at % 16 == 0)));
+                    }
                     section.repin();
                     at += 1;
                 }
@@ -178,6 +200,7 @@ fn no_reader_sees_a_freed_object() {
     let counters = domain.counters();
     println!("{} walks, {counters:?}", walks.load(Ordering::Relaxed));
     assert!(walks.load(Ordering::Relaxed) > 1_000, "nobody walked");
+    assert!(kept.load(Ordering::Relaxed) > 100, "nothing was kept");
     assert_eq!(
         world.stale.load(Ordering::Relaxed),
         0,

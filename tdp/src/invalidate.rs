@@ -1,9 +1,9 @@
 //! Invalidation by the host, without a lock.
 //!
-//! Protocol. *Begin* publishes the range, then waits until every critical section that began before has ended, then the
-//! caller zaps and flushes. A fault looks at the published ranges inside its critical section, before its backing
-//! look-up: either it began early enough to be waited for, and what it installed is zapped; or it sees the range and
-//! answers `Retry`. *End* moves the sequence and withdraws the range. A look-up that has to sleep does so outside any
+//! Protocol. *Begin* publishes the range, has all vCPUs forget what they remember (`memo.rs`), then waits until every critical
+//! section that began before has ended, then the caller zaps and flushes. A fault looks at the published ranges inside its
+//! critical section, before its backing look-up, or goes by what was remembered while there were none: either it began early
+//! enough to be waited for, and what it installed is zapped; or it sees the range and answers `Retry`. *End* moves the sequence and withdraws the range. A look-up that has to sleep does so outside any
 //! critical section; it compares the sequence before and after, because a whole invalidation may have passed
 //! meanwhile (INV: no-stale-install).
 //!
@@ -11,7 +11,8 @@
 //! not among them either had ended, and the look-up saw what it changed, or has yet to begin, and waits for the fault.
 //! One that ends meanwhile waits for nobody; looking again would miss it.
 //!
-//! The read side is one load of a pointer that is null while nothing is being invalidated.
+//! The read side is one load of a pointer that is null while nothing is being invalidated, and not even that for a fault
+//! that has everything in its memo.
 
 use crate::host::{AddressSpaceId, Host};
 use crate::mmu::Shared;
@@ -132,8 +133,9 @@ impl<F: Format, H: Host> Shared<F, H> {
             (number, self.invalidations.publish(&writer))
         };
         self.retire_ranges(replaced);
+        self.domain.move_stamps();
         // The fence inside pairs with the one at the start of every critical section: a fault that is not waited for
-        // here began later and sees the range.
+        // here began later and sees the range, or a stamp that is not its memo's.
         self.domain.synchronize_sections();
         Invalidation {
             shared: self,

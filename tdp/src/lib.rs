@@ -44,6 +44,8 @@ mod entry;
 mod event;
 mod fault;
 mod frozen;
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
 mod handoff;
 mod host;
 mod install;
@@ -52,6 +54,7 @@ mod iter;
 #[cfg(all(test, feature = "std", not(loom)))]
 mod layout;
 mod life;
+mod memo;
 mod mmio;
 mod mmu;
 mod nx;
@@ -77,6 +80,11 @@ mod vcpu;
 
 use range::zap as range_zap;
 
+/// The guide for embedders, whose examples are tests of this crate.
+#[cfg(all(doctest, feature = "std"))]
+#[doc = include_str!("../../docs/embedding.md")]
+mod embedding_guide {}
+
 pub use attributes::Visibility;
 pub use confidential::Phase;
 #[cfg(feature = "vm-memory")]
@@ -86,6 +94,8 @@ pub use dump::{Dump, DumpKind, DumpLine, DumpTree};
 pub use entry::TablePage;
 pub use fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 pub use frozen::{EntryPlace, FrozenEntry};
+#[cfg(feature = "vm-memory")]
+pub use guest_memory::GuestMemoryError;
 pub use host::{
     AddressSpaceId, FlushRequest, FrameSource, Host, Lookup, MAX_ADDRESS_SPACES, Mapping,
     OutOfFrames,

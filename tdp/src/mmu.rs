@@ -198,9 +198,12 @@ impl<F: Format, H: Host> MmuBuilder<F, H> {
         self
     }
 
-    /// Makes faults cheaper by a fence, and grace periods (invalidation, slot changes, reclamation) dearer: they then
-    /// interrupt every running thread of the process. The default is no. Linux with `std` only; elsewhere it changes
+    /// Whether faults go without a fence, and grace periods (invalidation, slot changes, reclamation) interrupt every running
+    /// thread of the process instead, by `membarrier(2)`. The default is yes. Linux with `std` only; elsewhere it changes
     /// nothing.
+    ///
+    /// An embedder whose threads must not be interrupted, or that forbids itself the system call once the MMU is made, says
+    /// no: a grace period that is refused the call aborts the process.
     pub fn asymmetric_fences(mut self, on: bool) -> Self {
         self.asymmetric_fences = on;
         self
@@ -454,7 +457,7 @@ impl<F: Format, H: Host> Mmu<F, H> {
             slot_removal: SlotRemoval::default(),
             slot_generation: 0,
             invalidation_sequence: 0,
-            asymmetric_fences: false,
+            asymmetric_fences: true,
             private_half: None,
             default_visibility: Visibility::Shared,
             _format: PhantomData,

@@ -124,6 +124,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
     fn install_run(&mut self, section: &Section<'_>, range: GfnRange) -> u64 {
+        // INV: no-stale-install: with anything under invalidation the faults go one by one.
+        if !self.remembers(section) {
+            return 0;
+        }
+        let Some(slot) = self.slot(section, range.start) else {
+            return 0;
+        };
         let ctx = &self.ctx;
         let shared = &*ctx.shared;
         let (Some(confidential), Some(root)) =
@@ -131,13 +138,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         else {
             return 0;
         };
-        // INV: no-stale-install: with anything under invalidation the faults go one by one.
-        if confidential.phase() != Phase::Running || shared.invalidations.any() {
+        if confidential.phase() != Phase::Running {
             return 0;
         }
-        let Some(slot) = self.hinted_slot(section, range.start) else {
-            return 0;
-        };
         let mut page = root.page();
         let mut level = root.level;
         while level > Level::L1 {

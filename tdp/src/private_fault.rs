@@ -244,9 +244,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// The fast path of a fault on the shared half.
     #[inline(always)]
     fn shared_fast(&mut self, section: &Section<'_>, gfn: Gfn, fault: &Fault) -> Fast {
-        if self.ctx.shared.invalidations.any() {
-            return Fast::GaveUp;
-        }
         match self.confidential() {
             Some(confidential) if confidential.attributes.get(gfn) == Visibility::Shared => {}
             _ => return Fast::GaveUp,
@@ -257,7 +254,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// The fast path of a private fault: `None` if it gave up, having changed nothing.
     #[inline(always)]
     fn private_fast(&mut self, section: &Section<'_>, gfn: Gfn, at_most: Level) -> Option<Outcome> {
-        if self.ctx.shared.invalidations.any() {
+        if !self.remembers(section) {
             return None;
         }
         let confidential = self.ctx.shared.confidential.as_deref()?;
@@ -266,7 +263,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         {
             return None;
         }
-        let slot = self.hinted_slot(section, gfn)?;
+        let slot = self.slot(section, gfn)?;
         if !slot.is_plain() {
             return None;
         }

@@ -1,23 +1,26 @@
 //! Resolving a fault: check, look up, choose a level, install.
 //!
 //! Protocol. Inside one critical section: is the frame under invalidation? which slot? how is it backed, at what level?
-//! Then the mapping is installed. There are two ways through:
+//! Then the mapping is installed. There are three ways through:
 //!
-//! * the **fast path** is one straight line that gives up, having changed nothing, at the first thing out of the
+//! * the **straight path** has all that in the vCPU's memo (`memo.rs`), is part of its caller's code, and makes a leaf of an
+//!   empty entry or leaves everything to the next;
+//! * the **fast path** walks where the memo has no table, and knows large leaves and spurious faults. It is one line that gives up, having changed nothing, at the first thing out of the
 //!   ordinary: another slot than last time, a missing table, an entry that is neither empty nor a leaf that permits the
 //!   access;
 //! * the **slow path** does all of it from the start, and everything else: waiting, splitting, look-ups that sleep,
 //!   answers other than *fixed*.
 //!
-//! Both run inside the same critical section, so a fault that took the fast path half way is no special case.
+//! None changes anything before its last step, so a fault that took one of them half way is no special case.
 
 use crate::attributes::Visibility;
-use crate::entry::{self, EntryRef};
+use crate::entry::{self, EntryRef, TablePage};
 use crate::event::{self, Site};
 use crate::fault::{Fault, MemoryFault, Outcome, RetryReason};
 use crate::host::{Host, Lookup, Mapping};
 use crate::install::Request;
 use crate::invalidate::Ranges;
+use crate::memo::{Current, Wish};
 use crate::nx;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
@@ -45,6 +48,60 @@ pub(crate) enum Resolution<B> {
 }
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
+    /// A fault on an empty entry of level 1, with all that it needs in the memo. `None` if there is more to it; nothing was
+    /// changed then.
+    #[inline(always)]
+    pub(crate) fn fault_straight(
+        &mut self,
+        section: &Section<'_>,
+        fault: &Fault,
+    ) -> Option<Outcome> {
+        let gfn = fault.gpa.gfn();
+        let memo = self.memo.current(section)?;
+        // The recipe may be another slot's.
+        let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
+        let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup(slot, gfn, fault.access) else {
+            return None;
+        };
+        let wish = Wish::new(&mapping, fault.max_level, fault.prefetch);
+        self.put(&memo, gfn, &mapping, fault.access, wish)
+    }
+
+    /// The same of a bare map.
+    #[inline(always)]
+    pub(crate) fn map_straight(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        mapping: &Mapping,
+        access: Access,
+    ) -> Option<Outcome> {
+        let memo = self.memo.current(section)?;
+        let wish = Wish::new(mapping, Level::L3, false);
+        self.put(&memo, gfn, mapping, access, wish)
+    }
+
+    #[inline(always)]
+    fn put(
+        &self,
+        memo: &Current<'_, '_, H::Backing>,
+        gfn: Gfn,
+        mapping: &Mapping,
+        access: Access,
+        wish: Wish,
+    ) -> Option<Outcome> {
+        let leaf = memo.leaf::<F>(wish, mapping.pfn)?;
+        if !mapping.perms.contains(access.needs()) {
+            return None;
+        }
+        let entry = memo.entry(&self.tables, self.ctx.as_id, gfn)?;
+        event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
+        entry::install_leaf::<F>(entry, Level::L1, leaf, &*self.ctx.shard).ok()?;
+        self.ctx.shard.add(Stat::Fixed, 1);
+        event::set_spte(entry.site(), Level::L1, leaf);
+        Some(Outcome::Fixed { level: Level::L1 })
+    }
+
     /// The fast path of a fault.
     #[inline(always)]
     pub(crate) fn fault_fast(
@@ -55,10 +112,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         max_level: Level,
         prefetch: bool,
     ) -> Fast {
-        if self.ctx.shared.invalidations.any() {
+        if !self.remembers(section) {
             return Fast::GaveUp;
         }
-        let Some(slot) = self.hinted_slot(section, gfn) else {
+        let Some(slot) = self.slot(section, gfn) else {
             return Fast::GaveUp;
         };
         if !slot.is_plain() {
@@ -67,38 +124,83 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup(slot, gfn, access) else {
             return Fast::GaveUp;
         };
-        let mut goal = max_level.min(mapping.level);
-        if goal > Level::L1 {
-            goal = self.ctx.uniform_level(gfn, slot.level_at(gfn, goal));
+        let goal = max_level.min(mapping.level);
+        let wish = Wish::new(&mapping, max_level, prefetch);
+        if goal == Level::L1 {
+            self.map_fast(section, gfn, mapping, goal, access, wish)
+        } else {
+            self.fault_large(section, slot, gfn, mapping, goal, access, wish)
         }
-        self.map_fast(gfn, mapping, goal, access, prefetch)
     }
 
-    /// The fast path below a fault: level, walk, install. The caller has made sure that the root can map `gfn`; a slot
-    /// does, because none reaches further.
-    #[inline(always)]
-    pub(crate) fn map_fast(
+    /// The rest of the fast path where a large leaf may be possible. On its own, so that the other way has no call in it and
+    /// saves no registers for one.
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments, reason = "registers, all but two")]
+    fn fault_large(
         &mut self,
+        section: &Section<'_>,
+        slot: &Slot<H::Backing>,
         gfn: Gfn,
         mapping: Mapping,
         goal: Level,
         access: Access,
-        prefetch: bool,
+        wish: Wish,
+    ) -> Fast {
+        let goal = self.ctx.uniform_level(gfn, slot.level_at(gfn, goal));
+        self.map_fast(section, gfn, mapping, goal, access, wish)
+    }
+
+    /// The fast path below a fault: level, walk, install. The caller has made sure that the memo holds and that the root can map
+    /// `gfn`; a slot does, because none reaches further.
+    #[inline(always)]
+    pub(crate) fn map_fast(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        mapping: Mapping,
+        goal: Level,
+        access: Access,
+        wish: Wish,
     ) -> Fast {
         // Any format can express what may at least be read.
         let usable = mapping.perms.contains(access.needs().union(Perms::READ));
-        let odd = !usable | (mapping.pfn >= self.ctx.shared.pfn_limit);
-        if odd | self.ctx.root.is_obsolete() {
+        if !usable | (mapping.pfn >= self.ctx.shared.pfn_limit) {
             return Fast::GaveUp;
         }
+        let prefetch = wish.is_prefetch();
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
-            self.ctx.map_at(gfn, mapping, Level::L1, access, prefetch)
+            let memo = self.memo.current(section);
+            let entry = match memo.and_then(|memo| memo.entry(&self.tables, self.ctx.as_id, gfn)) {
+                Some(entry) => entry,
+                None => {
+                    let Some((table, page)) = self.ctx.table_of(gfn, Level::L1) else {
+                        return Fast::GaveUp;
+                    };
+                    self.tables.note(gfn, table, page);
+                    let Some(entry) = self.ctx.entry_in((table, page), gfn, Level::L1) else {
+                        return Fast::GaveUp;
+                    };
+                    entry
+                }
+            };
+            if wish.is_for_small() && self.ctx.private_root.is_none() {
+                let attrs = self.ctx.leaf_attrs(mapping, mapping.perms, prefetch);
+                self.memo
+                    .note_leaf::<F>(wish, attrs, self.ctx.shared.pfn_limit);
+            }
+            self.ctx
+                .map_in(entry, gfn, mapping, Level::L1, access, prefetch)
         } else if self.ctx.shared.nx.is_on() {
             Fast::GaveUp
         } else {
             let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
-            self.ctx.map_at(gfn, mapping, goal, access, prefetch)
+            let table = self.ctx.table_of(gfn, goal);
+            match table.and_then(|table| self.ctx.entry_in(table, gfn, goal)) {
+                Some(entry) => self.ctx.map_in(entry, gfn, mapping, goal, access, prefetch),
+                None => Fast::GaveUp,
+            }
         }
     }
 
@@ -110,6 +212,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         fault: Fault,
     ) -> Resolution<H::Backing> {
         let gfn = fault.gpa.gfn();
+        // What was remembered is what the fast path has just given up on.
+        self.tables.forget(gfn);
         if gfn >= self.ctx.root.limit() {
             return Resolution::Done(self.ctx.memory_fault(MemoryFault::BeyondWidth));
         }
@@ -267,35 +371,50 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 }
 
 impl<F: Format, H: Host> Context<F, H> {
+    /// The table that holds the entry of `gfn` at level `goal`, with its page, if all tables above it are there.
     #[inline(always)]
-    fn map_at(
+    fn table_of(&self, gfn: Gfn, goal: Level) -> Option<(Pfn, &TablePage)> {
+        let frames = self.shared.host.frames();
+        let root = &*self.root;
+        // From page to page, not from frame to frame: each level waits for the one above it, and two shifts less.
+        let (mut page, mut table) = (table::page(frames, root.pfn), root.pfn);
+        // A loop over constants is unrolled, and each level's shift is one.
+        for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
+            if root.level >= level && goal < level {
+                let spte = page.get(root.index(level, gfn))?.load();
+                if !F::is_table(spte) {
+                    return None;
+                }
+                table = F::pfn(spte);
+                page = table::page(frames, table);
+            }
+        }
+        Some((table, page))
+    }
+
+    /// The entry of `gfn` in a table of level `goal`.
+    #[inline(always)]
+    fn entry_in<'t>(
         &self,
+        (table, page): (Pfn, &'t TablePage),
+        gfn: Gfn,
+        goal: Level,
+    ) -> Option<EntryRef<'t>> {
+        let entry = page.get(self.root.index(goal, gfn))?;
+        Some(entry.at(Site::new(self.as_id, gfn, table)))
+    }
+
+    /// Installs a leaf of level `goal` in its entry, if that is all it takes.
+    #[inline(always)]
+    fn map_in(
+        &self,
+        entry: EntryRef<'_>,
         gfn: Gfn,
         mapping: Mapping,
         goal: Level,
         access: Access,
         prefetch: bool,
     ) -> Fast {
-        let frames = self.shared.host.frames();
-        let root = &*self.root;
-        let (mut page, mut table) = (table::page(frames, root.pfn), root.pfn);
-        // A loop over constants is unrolled, and each level's shift is one.
-        for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
-            if root.level >= level && goal < level {
-                let Some(spte) = page.get(root.index(level, gfn)).map(EntryRef::load) else {
-                    return Fast::GaveUp;
-                };
-                if !F::is_table(spte) {
-                    return Fast::GaveUp;
-                }
-                table = F::pfn(spte);
-                page = table::page(frames, table);
-            }
-        }
-        let Some(entry) = page.get(root.index(goal, gfn)) else {
-            return Fast::GaveUp;
-        };
-        let entry = entry.at(Site::new(self.as_id, gfn, table));
         let old = entry.load();
         if old == F::EMPTY {
             let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));

@@ -40,7 +40,7 @@ impl<B: Clone> SlotMap<B> {
     }
 
     /// Generation of the published snapshot.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn version(&self) -> u64 {
         // Acquire: pairs with the Release in `publish`. Whoever sees a version sees the snapshot of that version or a
         // later one, never an earlier one.
@@ -57,6 +57,17 @@ impl<B: Clone> SlotMap<B> {
     /// The published snapshot, for anyone else.
     pub(crate) fn visited<'v>(&self, _visit: &'v Visit<'_>) -> &'v Snapshot<B> {
         // SAFETY: as for a section; a retired snapshot outlives every visit that began before.
+        unsafe { &*self.current.load(Ordering::Acquire) }
+    }
+
+    /// The published snapshot, for code that cannot name the section or visit that it runs in.
+    ///
+    /// # Safety
+    ///
+    /// The caller is inside a section or a visit of the domain that snapshots are retired to, and stays there for as long as
+    /// it uses the snapshot.
+    pub(crate) unsafe fn protected(&self) -> &Snapshot<B> {
+        // SAFETY: as for a section and a visit; the caller is in one.
         unsafe { &*self.current.load(Ordering::Acquire) }
     }
 
@@ -140,6 +151,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         };
         let generation = snapshot.generation;
         let replaced = self.shared.slots.publish(snapshot);
+        self.shared.domain.move_stamps();
         self.shared.age_mmio_entries(generation);
         self.shared.domain.retire(
             Retired::Slots {

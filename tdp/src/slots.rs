@@ -1,10 +1,8 @@
 //! Memory slots: which guest frames exist, and what backs them. Read by RCU, written copy-on-write.
 //!
 //! Protocol. Readers see one immutable [`Snapshot`] through an atomic pointer. Writers, one at a time, build the next
-//! snapshot, publish it by Release (pairs with the reader's Acquire load of the pointer), then its version, and retire
-//! the old one. A vCPU keeps a pointer to the slot it last used, valid for as long as the version it was found under is
-//! the published one: the version is read inside the critical section, the old snapshot dies only after a grace period
-//! that begins after the version moved.
+//! snapshot, publish it by Release (pairs with the reader's Acquire load of the pointer), then its version, have all vCPUs
+//! forget the slot that they used last (`memo.rs`), and retire the old snapshot.
 //!
 //! Removing a slot: publish it as *changing* (faults on it answer `Retry`), wait until every fault that began before
 //! has left its critical section, zap its leaves and flush, publish a snapshot without it. So no leaf of a removed slot

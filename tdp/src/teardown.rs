@@ -53,6 +53,7 @@ impl<F: Format, H: Host> RootTeardown<F, H> {
     pub(crate) fn begin(shared: &Arc<Shared<F, H>>) -> Self {
         let mut begun = Self::nothing(shared);
         begun.roots = shared.roots.invalidate();
+        shared.domain.move_stamps();
         event::zap_all_fast(begun.count());
         let count = begun.count() as i64;
         shared.shards.sweeps.add(Stat::RootsInvalidated, count);

@@ -2,7 +2,7 @@
 //!
 //! Protocol. A [`Vcpu`] is used by one thread at a time. Its tables are topped up *outside* the critical section, so a
 //! fault never allocates inside one. Its critical section is its own word of the epoch domain; its counters, its cache
-//! and its slot hint are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
+//! and its memo are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one. So are the roots that it has left for another
 //! address space or another kind of tree, until it finds them obsolete.
 
@@ -10,6 +10,7 @@ use crate::dirty::DirtyRing;
 use crate::event;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
+use crate::memo::{Memo, Tables, Wish};
 use crate::mmu::{MmuError, Shared};
 use crate::private_fault::SentBack;
 use crate::protected::{Capabilities, ProtectedTable};
@@ -19,7 +20,7 @@ use crate::slots::{Slot, Snapshot};
 use crate::stats::Shard;
 use crate::table::{self, TableCache, TableState};
 use alloc::sync::Arc;
-use tdp_arch::{Access, AdBits, Format, Gfn, Level};
+use tdp_arch::{Access, AdBits, Format, Gfn, Gpa, Level};
 use tdp_rcu::{Reader, Section};
 
 /// Tables that one fault may need: one for each level below a root of level 5, and one to spare.
@@ -32,16 +33,19 @@ pub(crate) const RECLAIM_ROUNDS: usize = 128;
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
 ///
 /// Aligned to two cache lines, so that neither of two vCPUs side by side in memory slows the other.
-#[repr(align(128))]
+// In this order, so that all that the common fault reads of it is in the first line, but for one remembered table.
+#[repr(C, align(128))]
 pub struct Vcpu<F: Format, H: Host> {
     pub(crate) reader: Reader,
     pub(crate) core: VcpuCore<F, H>,
 }
 
 /// The part of a vCPU that works inside a critical section.
+#[repr(C)]
 pub(crate) struct VcpuCore<F: Format, H: Host> {
+    pub(crate) memo: Memo<H::Backing>,
     pub(crate) ctx: Context<F, H>,
-    hint: SlotHint<H::Backing>,
+    pub(crate) tables: Tables,
     /// Roots that were left and may be wanted again.
     left: RootCache<H>,
     pub(crate) cache: TableCache,
@@ -52,38 +56,18 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
 }
 
 /// What a fault reads and does not change: where it works, and for whom.
+#[repr(C)]
 pub(crate) struct Context<F: Format, H: Host> {
+    pub(crate) shard: Arc<Shard>,
     pub(crate) root: Arc<Root<H>>,
     /// The root of the private half, if there is one.
     pub(crate) private_root: Option<Arc<Root<H>>>,
     /// What the module of the private half can do.
     pub(crate) capabilities: Capabilities,
     pub(crate) shared: Arc<Shared<F, H>>,
-    pub(crate) shard: Arc<Shard>,
     pub(crate) as_id: AddressSpaceId,
     /// Where it notes the pages that it lets be written, if there are rings.
     pub(crate) ring: Option<Arc<DirtyRing>>,
-}
-
-/// The slot that was used last, and the version of the slot map under which it was found.
-struct SlotHint<B> {
-    version: u64,
-    slot: *const Slot<B>,
-}
-
-#[allow(unsafe_code)]
-// UNSAFETY: the hint is a raw pointer, which the compiler takes for thread-bound.
-// SAFETY: the pointer is dereferenced only in `find_slot`, under the version rule stated there, whichever thread runs it;
-// `Slot<B>` itself may be used from any thread because `B` is `Send` and `Sync`.
-unsafe impl<B: Send + Sync> Send for SlotHint<B> {}
-
-impl<B> SlotHint<B> {
-    const fn none() -> Self {
-        Self {
-            version: u64::MAX,
-            slot: core::ptr::null(),
-        }
-    }
 }
 
 impl<F: Format, H: Host> Vcpu<F, H> {
@@ -101,16 +85,17 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         let ring = shared.rings.vcpu();
         let reader = shared.domain.reader();
         let core = VcpuCore {
+            memo: Memo::new(),
             ctx: Context {
+                shard,
                 root,
                 private_root,
                 capabilities,
                 shared,
-                shard,
                 as_id,
                 ring,
             },
-            hint: SlotHint::none(),
+            tables: Tables::new(),
             left: RootCache::new(),
             cache: TableCache::new(),
             twins: TableCache::new(),
@@ -128,29 +113,52 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
-        if self.core.ctx.private_root.is_some() {
-            return self.fault_confidential(fault);
+        let section = self.reader.enter();
+        let straight = self.core.fault_straight(&section, &fault);
+        drop(section);
+        match straight {
+            Some(outcome) => Ok(outcome),
+            None => self.fault_bent(
+                fault.gpa,
+                fault.access,
+                fault.max_level,
+                fault.prefetch,
+                fault.private,
+            ),
         }
-        let Fault {
+    }
+
+    /// A fault that the memo does not resolve. Takes and returns what fits registers: a fault passed through memory costs as
+    /// much as its walk.
+    #[inline(never)]
+    fn fault_bent(
+        &mut self,
+        gpa: Gpa,
+        access: Access,
+        max_level: Level,
+        prefetch: bool,
+        private: bool,
+    ) -> Result<Outcome, FaultError> {
+        let fault = Fault {
             gpa,
             access,
             prefetch,
             max_level,
-            ..
-        } = fault;
-        match self.fault_fast(gpa.gfn(), access, max_level, prefetch) {
+            private,
+        };
+        if self.core.ctx.private_root.is_some() {
+            return self.fault_confidential(fault);
+        }
+        let section = self.reader.enter();
+        let fast = self
+            .core
+            .fault_fast(&section, gpa.gfn(), access, max_level, prefetch);
+        drop(section);
+        match fast {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
             Fast::Spurious => Ok(Outcome::Spurious),
             Fast::GaveUp => self.fault_slow(fault),
         }
-    }
-
-    /// Takes and returns what fits registers: a fault passed through memory costs as much as its walk.
-    #[inline(never)]
-    fn fault_fast(&mut self, gfn: Gfn, access: Access, max_level: Level, prefetch: bool) -> Fast {
-        let section = self.reader.enter();
-        self.core
-            .fault_fast(&section, gfn, access, max_level, prefetch)
     }
 
     #[cold]
@@ -196,7 +204,23 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         access: Access,
     ) -> Result<Outcome, FaultError> {
         let section = self.reader.enter();
-        let fast = self.core.map_checked(gfn, mapping, access);
+        let straight = self.core.map_straight(&section, gfn, &mapping, access);
+        drop(section);
+        match straight {
+            Some(outcome) => Ok(outcome),
+            None => self.map_bent(gfn, mapping, access),
+        }
+    }
+
+    #[inline(never)]
+    fn map_bent(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        let section = self.reader.enter();
+        let fast = self.core.map_checked(&section, gfn, mapping, access);
         drop(section);
         match fast {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
@@ -326,6 +350,14 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
         self.section.repin();
+        match self.core.fault_straight(&self.section, &fault) {
+            Some(outcome) => Ok(outcome),
+            None => self.fault_bent(fault),
+        }
+    }
+
+    #[inline(never)]
+    fn fault_bent(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         if self.core.ctx.private_root.is_some() {
             return self.fault_confidential(fault);
         }
@@ -377,7 +409,20 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
         access: Access,
     ) -> Result<Outcome, FaultError> {
         self.section.repin();
-        match self.core.map_checked(gfn, mapping, access) {
+        match self.core.map_straight(&self.section, gfn, &mapping, access) {
+            Some(outcome) => Ok(outcome),
+            None => self.map_bent(gfn, mapping, access),
+        }
+    }
+
+    #[inline(never)]
+    fn map_bent(
+        &mut self,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Result<Outcome, FaultError> {
+        match self.core.map_checked(&self.section, gfn, mapping, access) {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
             Fast::Spurious => Ok(Outcome::Spurious),
             Fast::GaveUp => self.map_slow(gfn, mapping, access),
@@ -399,12 +444,22 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
 
 impl<F: Format, H: Host> VcpuCore<F, H> {
     #[inline(always)]
-    fn map_checked(&mut self, gfn: Gfn, mapping: Mapping, access: Access) -> Fast {
+    fn map_checked(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        mapping: Mapping,
+        access: Access,
+    ) -> Fast {
         // What half a frame belongs to is looked up on the slow path.
         if gfn >= self.ctx.root.limit() || self.ctx.private_root.is_some() {
             return Fast::GaveUp;
         }
-        self.map_fast(gfn, mapping, mapping.level, access, false)
+        if !self.remembers(section) {
+            return Fast::GaveUp;
+        }
+        let wish = Wish::new(&mapping, Level::L3, false);
+        self.map_fast(section, gfn, mapping, mapping.level, access, wish)
     }
 
     fn map(
@@ -414,6 +469,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         mapping: Mapping,
         access: Access,
     ) -> Outcome {
+        self.tables.forget(gfn);
         let fault = Fault::new(gfn.address(), access);
         if gfn >= self.ctx.root.limit() {
             return self.ctx.memory_fault(MemoryFault::BeyondWidth);
@@ -479,23 +535,45 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         Ok(())
     }
 
-    /// The slot that was used last, if it still stands and holds `gfn`.
+    /// Whether the memo holds for `section`, emptied if it did not. It cannot while anything is under invalidation or the root
+    /// is obsolete.
     #[inline(always)]
-    #[allow(unsafe_code)]
-    pub(crate) fn hinted_slot<'s>(
-        &self,
-        _section: &'s Section<'_>,
+    pub(crate) fn remembers(&mut self, section: &Section<'_>) -> bool {
+        self.memo.current(section).is_some() || self.renew_memo(section)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn renew_memo(&mut self, section: &Section<'_>) -> bool {
+        // Before the rest, which must not be older.
+        let stamp = section.stamp();
+        if self.ctx.shared.invalidations.any() || self.ctx.root.is_obsolete() {
+            return false;
+        }
+        self.memo.renew(&mut self.tables, stamp);
+        true
+    }
+
+    /// The slot that holds `gfn`: the one used last or another.
+    #[inline(always)]
+    pub(crate) fn slot<'s>(
+        &mut self,
+        section: &'s Section<'_>,
         gfn: Gfn,
     ) -> Option<&'s Slot<H::Backing>> {
-        if self.hint.version != self.ctx.shared.slots.version() {
-            return None;
-        }
-        // UNSAFETY: a pointer kept from an earlier critical section.
-        // SAFETY: the map is still at the version under which the slot was found, and that was read inside this critical
-        // section; the snapshot that owns the slot is retired only after the version moved, so it lives until this
-        // section ends.
-        let slot = unsafe { &*self.hint.slot };
-        slot.contains(gfn).then_some(slot)
+        let last = self.memo.current(section).and_then(|memo| memo.slot(gfn));
+        last.or_else(|| self.other_slot(section, gfn))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn other_slot<'s>(
+        &mut self,
+        section: &'s Section<'_>,
+        gfn: Gfn,
+    ) -> Option<&'s Slot<H::Backing>> {
+        let snapshot = self.ctx.shared.slots.snapshot(section);
+        self.find_slot(snapshot, gfn).map(|slot| &**slot)
     }
 
     /// The slot of `snapshot` that holds `gfn`.
@@ -505,16 +583,14 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         gfn: Gfn,
     ) -> Option<&'s Arc<Slot<H::Backing>>> {
         let slot = snapshot.find(self.ctx.as_id, gfn)?;
-        self.hint = SlotHint {
-            version: snapshot.generation,
-            slot: Arc::as_ptr(slot),
-        };
+        self.memo.note_slot(slot);
         Some(slot)
     }
 
     /// Takes the place of an obsolete root's successor.
     #[cold]
     fn renew_root(&mut self) -> Result<(), MmuError> {
+        self.memo.forget();
         self.left.drop_obsolete();
         let ctx = &mut self.ctx;
         ctx.root = ctx.shared.load_root(ctx.as_id, ctx.root.ad_bits)?;
@@ -537,7 +613,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             });
             self.left.drop_obsolete();
             self.ctx.as_id = as_id;
-            self.hint = SlotHint::none();
+            self.memo.forget();
         } else if self.ctx.root.is_obsolete() {
             self.renew_root()?;
         }

@@ -1,13 +1,13 @@
 //! The dirty log as the bitmap of a `vm-memory` region: what the VMM writes by way of guest memory is logged beside what
-//! the guest writes.
+//! the guest writes. And slots from guest memory.
 
 use tdp::{
-    AddressSpaceId, Ept, Fault, Gfn, Gpa, Level, LinearBacking, MmapPool, Mmu, Outcome, Pfn,
-    PoolConfig, Slot, SlotBitmap, SlotFlags, SoftwareHost,
+    AddressSpaceId, Ept, Fault, Gfn, Gpa, GuestMemoryError, Level, LinearBacking, MmapPool, Mmu,
+    Outcome, Pfn, PoolConfig, Slot, SlotBitmap, SlotError, SlotFlags, SoftwareHost,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
 const START: u64 = 1 << 30;
@@ -68,4 +68,65 @@ fn writes_by_way_of_guest_memory_are_logged() {
     bitmap.mark_dirty(usize::MAX, usize::MAX);
     bitmap.mark_dirty(0, 0);
     assert!(!bitmap.dirty_at(0) && bitmap.dirty_at(4096 * (PAGES as usize - 1)));
+}
+
+fn guest(regions: &[(u64, usize)]) -> GuestMemoryMmap {
+    let ranges: Vec<_> = regions
+        .iter()
+        .map(|&(start, bytes)| (GuestAddress(start), bytes))
+        .collect();
+    GuestMemoryMmap::from_ranges(&ranges).unwrap()
+}
+
+#[test]
+fn guest_memory_becomes_slots_or_does_not() {
+    let frames = MmapPool::new(PoolConfig {
+        frames: 64,
+        base: Pfn(0x1000),
+        huge_pages: false,
+    })
+    .unwrap();
+    let mmu = Mmu::<Ept, _>::builder(SoftwareHost::new(frames))
+        .build()
+        .unwrap();
+    // What backs a region is told by the region.
+    let backing = |region: &GuestRegionMmap| {
+        LinearBacking::new(Pfn(0x10_0000 + (region.start_addr().0 >> 12)), Level::L1)
+    };
+    let memory = guest(&[(0, 0x10_0000), (START, 0x20_0000)]);
+    let ids = mmu.slots().insert_memory(SPACE, &memory, backing).unwrap();
+    let slots = mmu.slots().list(SPACE);
+    let gfns: Vec<_> = slots
+        .iter()
+        .map(|slot| (slot.id(), slot.gfns().start.0, slot.gfns().pages()))
+        .collect();
+    assert_eq!(gfns, [(ids[0], 0, 256), (ids[1], START >> 12, 512)]);
+    let mut vcpu = mmu.vcpu().unwrap();
+    let fault = Fault::write(Gpa(START + 0x5000));
+    assert_eq!(vcpu.fault(fault), Ok(Outcome::Fixed { level: Level::L1 }));
+    let leaf = mmu.translate(SPACE, Gfn((START >> 12) + 5)).unwrap();
+    assert_eq!(leaf.pfn, Pfn(0x10_0000 + (START >> 12) + 5));
+
+    // The second region is refused, so the first does not stay; neither does one that ends inside a frame.
+    let overlapping = guest(&[(2 * START, 0x1000), (3 * START, 0x1000)]);
+    let taken = Slot::new(
+        Gfn((3 * START) >> 12)..Gfn(((3 * START) >> 12) + 1),
+        LinearBacking::new(Pfn(0), Level::L1),
+    );
+    mmu.slots().insert(taken).unwrap();
+    let refused = mmu.slots().insert_memory(SPACE, &overlapping, backing);
+    assert!(matches!(
+        refused,
+        Err(GuestMemoryError::Slot(SlotError::Overlap { .. }))
+    ));
+    let odd = guest(&[(2 * START, 0x1000), (4 * START, 0x1800)]);
+    let refused = mmu.slots().insert_memory(SPACE, &odd, backing);
+    assert_eq!(
+        refused,
+        Err(GuestMemoryError::Unaligned {
+            start: Gpa(4 * START),
+            bytes: 0x1800,
+        })
+    );
+    assert_eq!(mmu.slots().list(SPACE).len(), 3);
 }

@@ -4,6 +4,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use super::*;
+use crate::barrier;
 use crate::sync::{AtomicBool, CachePadded};
 
 struct Alone(Registry);
@@ -15,7 +16,11 @@ impl Home for Alone {
 }
 
 fn reader() -> (Arc<Alone>, Reader) {
-    let home = Arc::new(Alone(Registry::new(false)));
+    reader_of(Registry::new(false))
+}
+
+fn reader_of(registry: Registry) -> (Arc<Alone>, Reader) {
+    let home = Arc::new(Alone(registry));
     let reader = Reader::register(home.clone());
     (home, reader)
 }
@@ -24,7 +29,7 @@ fn reader() -> (Arc<Alone>, Reader) {
 fn a_record_has_its_lines_to_itself() {
     assert_eq!(size_of::<Record>(), 128);
     assert_eq!(memoffset::offset_of!(Record, word), 0);
-    let records: Vec<_> = (0..8).map(|_| Arc::new(Record::new())).collect();
+    let records: Vec<_> = (0..8).map(|_| Arc::new(Record::new(false))).collect();
     for record in &records {
         assert_eq!(Arc::as_ptr(record).addr() % 128, 0);
     }
@@ -80,17 +85,20 @@ fn both_missed(mut reader: Reader, heavy: impl Fn()) -> (usize, usize) {
 /// The pair that works everywhere.
 #[test]
 fn either_side_sees_the_other_by_fences_alone() {
-    let (missed, met) = both_missed(reader().1, || barrier::heavy(false));
+    let (home, reader) = reader();
+    let record = reader.record.clone();
+    let order = || home.0.fences.order([&record.debt].into_iter());
+    let (missed, met) = both_missed(reader, order);
     assert_eq!(missed, 0, "of {met}");
 }
 
-/// The pair in which the retire side pays, where the system has it.
+/// The pair in which the retire side pays, where the system has it, and the sections once it has asked them to.
 #[test]
 fn either_side_sees_the_other_by_the_retire_sides_barrier() {
-    let asymmetric = barrier::can_be_asymmetric();
-    let (_home, mut reader) = reader();
-    reader.asymmetric = asymmetric;
-    let (missed, met) = both_missed(reader, || barrier::heavy(asymmetric));
+    let (home, reader) = reader_of(Registry::new(barrier::can_be_asymmetric()));
+    let record = reader.record.clone();
+    let order = || home.0.fences.order([&record.debt].into_iter());
+    let (missed, met) = both_missed(reader, order);
     assert_eq!(missed, 0, "of {met}");
 }
 

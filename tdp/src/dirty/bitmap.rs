@@ -5,8 +5,10 @@
 use alloc::boxed::Box;
 use tdp_rcu::sync::{AtomicU64, Ordering};
 
-/// Marks of one slot. Shared by all states of the slot for as long as it is logged.
+/// Marks of one slot. Shared by all states of the slot for as long as it is logged. On lines of its own: faults read where the
+/// words are, and who asks for the log counts up the references to it, just before.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     frames: u64,

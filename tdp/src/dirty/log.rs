@@ -254,6 +254,11 @@ impl<F: Format, H: Host> Shared<F, H> {
         let start = |word: usize| Gfn(slot.gfns().start.0 + (first + word) as u64 * 64);
         if self.eager_split && slot.flags().contains(SlotFlags::LOG_INITIALLY_SET) {
             // Nothing was split when this log began.
+            let back = slot.bitmap().map(|bitmap| RemarkOnUnwind {
+                bitmap,
+                first,
+                marks,
+            });
             let mut word = 0;
             for run in marks.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
                 let end = word + run.len();
@@ -262,6 +267,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 }
                 word = end;
             }
+            core::mem::forget(back);
         }
         let Some(marks) = Marks::new(start(0), marks) else {
             return;
@@ -310,7 +316,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         let _ = self.split(slot.as_id(), range.into(), Level::L1);
     }
 
-    /// Keeps the dirty bit of a leaf that was taken away, where nothing else tells of the write.
+    /// Keeps the dirty bit of a leaf that was taken away, where nothing else tells of the write. Called where the leaf was
+    /// taken away: in the same section or visit.
     #[inline(always)]
     pub(crate) fn keep_dirty(&self, as_id: AddressSpaceId, gfn: Gfn, level: Level, old: Spte) {
         if self.dirty_tracking == DirtyTracking::DirtyBit
@@ -321,10 +328,16 @@ impl<F: Format, H: Host> Shared<F, H> {
         }
     }
 
+    /// As [`keep_dirty`](Self::keep_dirty). A visit of its own for each leaf would do as well, but the memory of all of them
+    /// would wait for the end of the visit around them.
     #[cold]
+    #[allow(unsafe_code)]
     fn mark_dirty(&self, as_id: AddressSpaceId, gfn: Gfn, level: Level) {
-        let visit = self.domain.visit();
-        let slot = self.slots.visited(&visit).find(as_id, gfn);
+        // UNSAFETY: the slots are read by RCU, and what protects them is not at hand here.
+        // SAFETY: whoever takes a leaf away is inside a section or a visit of this domain, and calls this from there; the
+        // snapshot is used until the end of this function.
+        let slots = unsafe { self.slots.protected() };
+        let slot = slots.find(as_id, gfn);
         if let Some((slot, bitmap)) = slot.and_then(|slot| Some((slot, slot.bitmap()?))) {
             bitmap.mark(slot.offset(gfn), level.pages());
         }
@@ -344,6 +357,25 @@ impl<F: Format, H: Host> Drop for RestrictOnUnwind<'_, F, H> {
         self.shared.restrict(self.slot, &mut pending);
         pending.settle(self.slot.as_id(), self.slot.gfns());
         pending.flush();
+    }
+}
+
+/// Puts marks back that were taken, although the host's frame source has panicked before what they name was restricted: the
+/// leaves are writable still, and nothing else tells of their pages.
+struct RemarkOnUnwind<'a> {
+    bitmap: &'a DirtyBitmap,
+    /// Word of the first of the marks.
+    first: usize,
+    marks: &'a [u64],
+}
+
+impl Drop for RemarkOnUnwind<'_> {
+    fn drop(&mut self) {
+        for (word, &marks) in (self.first as u64..).zip(self.marks) {
+            for bit in (0..64).filter(|bit| marks >> bit & 1 != 0) {
+                self.bitmap.mark(word * 64 + bit, 1);
+            }
+        }
     }
 }
 

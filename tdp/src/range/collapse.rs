@@ -25,7 +25,7 @@ use crate::attributes::Visibility;
 use crate::entry::{self, EntryRef};
 use crate::event;
 use crate::host::{AddressSpaceId, Host, Lookup, Mapping};
-use crate::iter::TdpIter;
+use crate::iter::{Step, TdpIter};
 use crate::mmu::{Mmu, Shared};
 use crate::nx;
 use crate::range_zap::{Harvest, seal_subtree};
@@ -36,6 +36,10 @@ use crate::table;
 use crate::tlb::PendingFlush;
 use tdp_arch::{Access, ENTRIES_PER_TABLE, Format, GfnRange, LeafAttrs, Level, Perms, Pfn, Spte};
 use tdp_rcu::Section;
+use tdp_rcu::sync::prefetch;
+
+/// Cache lines of the next table that are fetched while one is collapsed.
+const LINES_AHEAD: usize = 16;
 
 /// What is left of a leaf when what may differ between two leaves that can become one is left out.
 #[inline(always)]
@@ -65,6 +69,7 @@ impl<F: Format, H: Host> Shared<F, H> {
                 if level > self.max_leaf || !F::is_table(step.spte) || !range.covers(covered) {
                     continue;
                 }
+                self.fetch_next(&root, step);
                 let section = reader.enter();
                 let here = (entry, covered, level);
                 let done = self.collapse_table(&section, &root, here, &mut pending, &tally);
@@ -76,6 +81,15 @@ impl<F: Format, H: Host> Shared<F, H> {
             }
         }
         pending
+    }
+
+    /// Has the processor fetch the table beside the one that a step's entry points to, while that one is worked on.
+    fn fetch_next(&self, root: &Root<H>, step: Step<'_>) {
+        let beside = root.index(step.level, step.gfn) + 1;
+        let beside = table::page(self.host.frames(), step.table).get(beside);
+        if let Some(spte) = beside.map(EntryRef::load).filter(|&spte| F::is_table(spte)) {
+            prefetch(table::page(self.host.frames(), F::pfn(spte)), LINES_AHEAD);
+        }
     }
 
     /// Collapses the table that an entry of some level points to, the frames of which are `block`. `false` if it stays.

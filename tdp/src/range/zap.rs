@@ -6,7 +6,7 @@
 //! them start again from the root; then the range is flushed, then the tables are retired (INV: flush-before-reuse). A
 //! fault may fill the hole again while all that goes on.
 
-use crate::entry::{self, EntryRef};
+use crate::entry::{self, EntryRef, TablePage};
 use crate::event::{self, Site, Unlinked};
 use crate::host::{AddressSpaceId, FrameSource, Host};
 use crate::iter::TdpIter;
@@ -14,7 +14,7 @@ use crate::mmu::Shared;
 use crate::nx;
 use crate::root::Root;
 use crate::stats::{Stat, Tally};
-use crate::table::{self, TableState};
+use crate::table::{self, Place, TableState};
 use crate::tlb::PendingFlush;
 use alloc::vec::Vec;
 use tdp_arch::{Format, Gfn, GfnRange, Level, Pfn, Spte};
@@ -228,36 +228,74 @@ fn seal_entries<F: Format, H: Host>(
     tally: &impl Tally,
     pending: &mut PendingFlush<'_, F, H>,
 ) -> Harvest {
-    let page = table::page(shared.host.frames(), pfn);
     let place = shared.meta.place(pfn);
     let was = Unlinked::of(&shared.meta, pfn, shared.roots.limit());
     let mut harvest = Harvest::default();
+    let page = table::page(shared.host.frames(), pfn);
     // Booked once for the table: the counters of sweeps are shared.
-    let mut leaves = 0;
-    let mut index = 0;
-    while let Some(entry) = page.get(index) {
-        let old = entry.at(was.entry(index)).seal::<F>(level);
-        if F::is_leaf(old, level) {
-            if let Some(place) = place {
-                let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());
-                shared.keep_dirty(place.as_id, gfn, level, old);
+    let leaves = if level == Level::L1 {
+        seal_small_leaves::<F, H>(shared, page, place, was, &mut harvest)
+    } else {
+        let mut leaves = 0;
+        let mut index = 0;
+        while let Some(entry) = page.get(index) {
+            let old = entry.at(was.entry(index)).seal::<F>(level);
+            if F::is_leaf(old, level) {
+                if let Some(place) = place {
+                    let gfn = Gfn(place.gfn.0 + index as u64 * level.pages());
+                    shared.keep_dirty(place.as_id, gfn, level, old);
+                }
+                leaves += 1;
+                harvest.gather::<F>(old);
+            } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {
+                entry::account::<F>(level, old, F::SEALED, tally);
+                nx::account::<F>(level, old, F::SEALED, tally);
+                let part = seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);
+                harvest.young |= part.young;
+                harvest.dirty |= part.dirty;
             }
-            leaves += 1;
-            harvest.gather::<F>(old);
-        } else if let (true, Some(below)) = (F::is_mmu_present(old), level.below()) {
-            entry::account::<F>(level, old, F::SEALED, tally);
-            nx::account::<F>(level, old, F::SEALED, tally);
-            let part = seal_subtree::<F, H>(shared, F::pfn(old), below, tally, pending);
-            harvest.young |= part.young;
-            harvest.dirty |= part.dirty;
+            index += 1;
         }
-        index += 1;
-    }
+        leaves
+    };
     if leaves > 0 {
         tally.add(Stat::pages(level), -leaves);
         pending.count_leaves(leaves as u64);
     }
     harvest
+}
+
+/// Seals a table of level 1 and returns how many of its entries were leaves. A loop of its own, so that what it counts stays
+/// in registers: each exchange waits for every store before it.
+#[inline(never)]
+fn seal_small_leaves<F: Format, H: Host>(
+    shared: &Shared<F, H>,
+    page: &TablePage,
+    place: Option<Place>,
+    was: Unlinked,
+    harvest: &mut Harvest,
+) -> i64 {
+    let (mut used, mut young, mut leaves) = (0, false, 0);
+    let mut index = 0;
+    while let Some(entry) = page.get(index) {
+        let old = entry.at(was.entry(index)).seal::<F>(Level::L1);
+        if F::is_leaf(old, Level::L1) {
+            if let Some(place) = place {
+                let gfn = Gfn(place.gfn.0 + index as u64);
+                shared.keep_dirty(place.as_id, gfn, Level::L1, old);
+            }
+            leaves += 1;
+            if old.0 & F::AD_SOFTWARE == 0 {
+                used |= old.0;
+            } else {
+                young |= !F::is_access_tracked(old);
+            }
+        }
+        index += 1;
+    }
+    harvest.gather::<F>(Spte(used));
+    harvest.young |= young;
+    leaves
 }
 
 /// Frees a tree that no vCPU, sweep or processor uses any more.

@@ -84,7 +84,11 @@ impl<F: Processor> Rig<F> {
     }
 
     pub(crate) fn with(setup: RigSetup) -> Self {
-        let pool = pool(setup.frames);
+        Self::on(pool(setup.frames), setup)
+    }
+
+    /// The same with the frames of `pool`, which all are in it: what was mapped once serves many MMUs in turn.
+    pub(crate) fn on(pool: SharedPool, setup: RigSetup) -> Self {
         let builder: MmuBuilder<F, TestHost> = Mmu::builder(TestHost::new(pool.clone()));
         let mmu = builder
             .levels(setup.processor.root_level)

@@ -29,6 +29,7 @@ macro_rules! both_formats {
     };
 }
 
+mod abuse;
 mod accessed;
 mod age;
 mod collapse;

@@ -47,6 +47,26 @@ fn invalidating<F: Processor>(reloads: bool) -> Rig<F> {
 }
 
 both_formats! {
+    /// A read-only slot begins in the table of a plain one: what a vCPU remembers of the one, and of their table, says nothing
+    /// about the other, though it is the slot used last.
+    fn a_neighbour_in_one_table_keeps_its_own_rules<F>() {
+        let rig = Rig::<F>::with(RigSetup::default());
+        let slots = rig.mmu.slots();
+        slots.insert(slot(0, 0x80)).expect("the first slot");
+        let read_only = slot(0x80, 0x400).with_flags(SlotFlags::READ_ONLY);
+        slots.insert(read_only).expect("the place is free");
+        let mut vcpu = rig.vcpu();
+        // The table and the leaf are remembered, then the other slot, by a page below another table.
+        for gfn in 0..3 {
+            assert_eq!(vcpu.fault(Fault::write(Gfn(gfn).address())), fixed());
+        }
+        assert_eq!(vcpu.fault(Fault::read(Gfn(0x200).address())), fixed());
+        assert_eq!(
+            vcpu.fault(Fault::write(Gfn(0x81).address())),
+            Ok(Outcome::Mmio { read_only: true })
+        );
+    }
+
     /// A slot is removed by making roots obsolete: nothing is zapped or flushed, vCPUs are told to load new roots, faults go
     /// on before the old ones are taken down, and that flushes nothing either.
     fn a_slot_goes_with_the_roots<F>() {

@@ -226,10 +226,13 @@ both_formats! {
                 mmu.host().permit(Perms::RWX);
                 let write = Fault::write(Gpa(0)).max_level(of_write);
                 said.send(writer.fault(write)).expect("somebody listens");
+                // However often the reader asks, it is told the same.
+                mmu.host().permit(Perms::RX);
             }));
             assert_eq!(reader.fault(Fault::read(Gpa(0))), Ok(Outcome::Spurious));
             assert_eq!(heard.recv(), Ok(fixed(of_write)));
             assert_ne!(leaf(&rig, 0).0 & F::WRITABLE, 0, "{backing:?} {of_write:?}");
+            rig.host().permit(Perms::RWX);
             let write = Fault::write(Gpa(0)).max_level(of_write);
             assert_eq!(reader.fault(write), Ok(Outcome::Spurious));
         }

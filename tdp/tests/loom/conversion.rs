@@ -1,7 +1,7 @@
 //! Conversion between the halves, against faults on either.
 
 use crate::module::Manner;
-use crate::world::{A, FIRST, PRIVATE, SPACE, Vcpu, World, explore, only};
+use crate::world::{A, B, FIRST, PRIVATE, SPACE, Vcpu, World, explore, only};
 use loom::thread;
 use tdp::{Fault, Gfn, MemoryFault, Outcome, Visibility};
 
@@ -45,6 +45,33 @@ fn a_private_fault_against_conversion_to_shared() {
         );
         world.audit_private();
         world.finish([ours, theirs]);
+    });
+}
+
+/// The same for a fault that goes the short way, below a table that is there, on a slot that it knows.
+#[test]
+fn a_quick_private_fault_against_conversion_to_shared() {
+    explore("quick hand-off x convert", Some(2), || {
+        let world = World::confidential(Manner::default(), false);
+        let mut vcpu = world.vcpu();
+        assert!(matches!(touch(&mut vcpu, B, true), Outcome::Fixed { .. }));
+
+        // The conversion is the other thread: it looks where the fault may come to change something.
+        let mmu = world.mmu.clone();
+        let other = thread::spawn(move || {
+            mmu.convert(SPACE, only(A), Visibility::Shared).unwrap();
+        });
+        let outcome = touch(&mut vcpu, A, true);
+        other.join().unwrap();
+
+        let allowed = matches!(
+            outcome,
+            Outcome::Fixed { .. } | Outcome::Retry(_) | Outcome::MemoryFault(MemoryFault::IsShared)
+        );
+        assert!(allowed, "{outcome:?}");
+        assert_eq!(mapped(&world, &mut vcpu), [false, false]);
+        world.audit_private();
+        world.finish([vcpu]);
     });
 }
 

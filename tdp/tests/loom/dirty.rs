@@ -178,8 +178,8 @@ fn a_zap_keeps_the_dirty_bit() {
             write(&mut theirs, &mut processor, &content, 1);
             theirs
         });
-        world.mmu.zap_leaves(SPACE, only(A)).flush();
         let mut copied = page.load(Ordering::Relaxed);
+        world.mmu.zap_leaves(SPACE, only(A)).flush();
         copy(&world, &page, &mut copied, false);
         let theirs = guest.join().unwrap();
         copy(&world, &page, &mut copied, false);

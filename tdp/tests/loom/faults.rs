@@ -214,6 +214,58 @@ fn reuse_against_install() {
     });
 }
 
+/// A vCPU goes straight to the table that it used before while that is unlinked, freed and linked again: it installs into a
+/// table that is linked, or into none; and never looks at a frame that has gone home.
+#[test]
+fn remembered_table_against_reuse() {
+    explore("remembered table x unlink, link again", None, || {
+        let world = World::with_memory(TestHost::new());
+        let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+        assert_eq!(theirs.fault(Fault::write(A.address())), Ok(FIXED));
+        // The first made the table; this one comes down to it and remembers it.
+        let again = theirs.fault(Fault::write(A.address()));
+        assert_eq!(again, Ok(Outcome::Spurious));
+
+        let other = thread::spawn(move || {
+            assert!(settled(theirs.fault(Fault::write(B.address())).unwrap()));
+            theirs
+        });
+        world.mmu.zap(SPACE, FIRST).flush();
+        assert_eq!(ours.fault(Fault::write(A.address())), Ok(FIXED));
+        let theirs = other.join().unwrap();
+
+        assert!(world.leaf(&mut ours, A).is_some());
+        world.audit(&mut ours);
+        world.finish([ours, theirs]);
+    });
+}
+
+/// The same in a batch, whose section lasts: the table goes while the batch stands still, and between its faults.
+#[test]
+fn remembered_table_in_a_batch() {
+    explore("remembered table in a batch x unlink", Some(3), || {
+        let world = World::with_memory(TestHost::new());
+        let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
+        for _ in 0..2 {
+            assert!(settled(theirs.fault(Fault::write(A.address())).unwrap()));
+        }
+
+        let other = thread::spawn(move || {
+            let mut batch = theirs.batch().unwrap();
+            for gfn in [B, A] {
+                assert!(settled(batch.fault(Fault::write(gfn.address())).unwrap()));
+            }
+            drop(batch);
+            theirs
+        });
+        world.mmu.zap(SPACE, FIRST).flush();
+        let theirs = other.join().unwrap();
+
+        world.audit(&mut ours);
+        world.finish([ours, theirs]);
+    });
+}
+
 /// A vCPU works off a batch, one critical section renewed at each fault, while the table below it is unlinked.
 #[test]
 fn batch_against_unlink() {

@@ -12,6 +12,7 @@
 
 #![cfg(loom)]
 
+mod bits;
 mod conversion;
 mod dirty;
 mod faults;

@@ -40,6 +40,29 @@ fn a_fault_against_the_removal_of_its_leaf() {
     });
 }
 
+/// A fault that installs the very leaf which a removal is on its way to: it is left, or waited for and taken away.
+#[test]
+fn a_removal_against_the_fault_that_installs_its_leaf() {
+    explore("zap of the leaf x hand-off", Some(3), || {
+        let world = World::confidential(Manner::default(), false);
+        let mut vcpu = world.vcpu();
+        settle(&mut vcpu, B);
+
+        // The removal is the other thread: it looks where the fault may come to change something.
+        let other = thread::spawn({
+            let mmu = world.mmu.clone();
+            move || mmu.zap_private(SPACE, only(A)).unwrap().frames
+        });
+        settle(&mut vcpu, A);
+        let removed = other.join().unwrap();
+
+        let mapped = world.mmu.host().module.leaf(A).is_some();
+        assert_eq!(removed, u64::from(!mapped), "it was installed once");
+        world.audit_private();
+        world.finish([vcpu]);
+    });
+}
+
 /// A fault below a table that is being unlinked: the table stays, or goes and comes again, and its frame is freed only when
 /// the fault has left it.
 #[test]

@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Plain};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tdp::{
     Access, AddressSpaceId, Decoded, DirtyTracking, Ept, FlushRequest, Format, FrameSource, Gfn,
     Host, Hpa, Level, Lookup, Mapping, OutOfFrames, Outcome, Perms, Pfn, Slot, SlotFlags,
@@ -49,6 +49,9 @@ pub(crate) const NEW: Pfn = Pfn(0x8000);
 /// Host frames that back its private half.
 pub(crate) const PRIVATE: Pfn = Pfn(0xc000);
 
+/// Stack of a model's first thread, in words of 8 bytes, as loom hands the number on.
+const STACK_WORDS: usize = 1 << 14;
+
 /// Explores a model and says how many executions it took.
 pub(crate) fn explore(
     name: &str,
@@ -59,20 +62,43 @@ pub(crate) fn explore(
     let count = executions.clone();
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
+    builder.max_duration = time_limit();
     builder.max_branches = 20_000;
     let start = Instant::now();
+    let model = Arc::new(model);
     builder.check(move || {
         count.fetch_add(1, Plain::Relaxed);
-        model();
+        let model = model.clone();
+        // A thread of its own: the first thread's stack is small, and vCPUs that are handed about are not.
+        let first = loom::thread::Builder::new().stack_size(STACK_WORDS);
+        first.spawn(move || model()).unwrap().join().unwrap();
     });
     println!(
-        "loom {name}: {} executions, {}, {:.1} s",
+        "loom {name}: {} executions, {}{}, {:.1} s",
         executions.load(Plain::Relaxed),
         preemptions.map_or("exhaustive".into(), |bound| format!(
             "preemption bound {bound}"
         )),
+        cut_off(start),
         start.elapsed().as_secs_f64(),
     );
+}
+
+/// What one model may take, from the environment; without it, as long as it needs.
+fn time_limit() -> Option<Duration> {
+    let seconds = std::env::var("MODEL_SECONDS").ok()?;
+    let seconds = seconds.parse().expect("MODEL_SECONDS is a number");
+    Some(Duration::from_secs(seconds))
+}
+
+/// Says so of a model that was not explored to its end.
+fn cut_off(start: Instant) -> &'static str {
+    let limit = time_limit().unwrap_or(Duration::MAX);
+    if start.elapsed() >= limit {
+        ", cut off"
+    } else {
+        ""
+    }
 }
 
 const FIRST_FRAME: Pfn = Pfn(0x100);
@@ -92,7 +118,7 @@ struct Pages {
 
 struct Frame {
     page: Box<TablePage>,
-    /// Read with every use of the frame, written when it is given back.
+    /// Read with every use of the frame, written when it is handed out and when it is given back.
     used: UnsafeCell<()>,
     out: AtomicBool,
 }
@@ -146,7 +172,10 @@ unsafe impl FrameSource for Frames {
         }
         let rest = home.len() - count;
         for (slot, pfn) in out.iter_mut().zip(home.drain(rest..)) {
-            let was_out = self.frame(pfn).out.swap(true, Plain::Relaxed);
+            let frame = self.frame(pfn);
+            // Nobody else is to find it before its new owner says so.
+            frame.used.with_mut(|_| ());
+            let was_out = frame.out.swap(true, Plain::Relaxed);
             assert!(!was_out, "{pfn:?} is out already");
             *slot = pfn;
         }

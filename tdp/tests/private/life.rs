@@ -75,6 +75,9 @@ fn an_access_to_the_wrong_half_is_the_embedders() {
     assert_eq!(vcpu.fault(shared(1)), fixed(Level::L1));
     assert_eq!(vcpu.fault(shared(1)), Ok(Outcome::Spurious));
     assert_eq!(vcpu.fault(private(2)), fixed(Level::L1));
+    // The short way too: the slot is the one used last, and the tables of both halves are there.
+    assert_eq!(vcpu.fault(shared(3)), fault(MemoryFault::IsPrivate));
+    assert_eq!(vcpu.fault(private(1)), fault(MemoryFault::IsShared));
     // No slot, and an address wider than both halves.
     assert_eq!(vcpu.fault(private(GUEST)), fault(MemoryFault::NotBacked));
     assert_eq!(

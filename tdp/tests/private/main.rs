@@ -1,6 +1,8 @@
 //! The private half: hand-offs to the model of the TDX module, one thread at a time.
 
 #[cfg(not(loom))]
+mod abuse;
+#[cfg(not(loom))]
 mod convert;
 #[cfg(not(loom))]
 mod failures;

@@ -9,7 +9,7 @@ use crate::rig::{Rig, SPACE, private, shared};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tdp::protected::tdx::{Accept, Call, Operand, PageInfo, Status};
 use tdp::{ConvertError, Gfn, Level, Outcome, Visibility};
 use tdp_arch::walker::GuestAccess;
@@ -226,7 +226,16 @@ fn run(seed: u64, level: Level, inject: bool) {
         spawn(Box::new(move |scene| run_zapper(scene, seed + 6))),
         spawn(Box::new(move |scene| run_folder(scene, seed + 7))),
     ];
-    std::thread::sleep(Duration::from_millis(700));
+    // For a while, and where the machine is slow until it did work.
+    let begun = Instant::now();
+    let did_work = || {
+        scene.touched.load(Ordering::Relaxed) > 100 && scene.converted.load(Ordering::Relaxed) > 10
+    };
+    while begun.elapsed() < Duration::from_millis(700)
+        || !did_work() && begun.elapsed() < Duration::from_secs(60)
+    {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     scene.stop.store(true, Ordering::Relaxed);
     for thread in threads {
         thread.join().unwrap();

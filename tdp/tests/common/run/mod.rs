@@ -10,10 +10,10 @@ mod slots;
 mod verify;
 
 use crate::common::flat::{Tree, Zapped};
-use crate::common::host::{Answer, BlockingAnswer, Memory, TestHost};
+use crate::common::host::{Answer, BlockingAnswer, Memory, SharedPool, TestHost};
 use crate::common::ops::{Op, Setup, Span, access, level, perms};
 use crate::common::processor::{Processor, ProcessorSetup};
-use crate::common::rig::{Cpu, Rig, RigSetup};
+use crate::common::rig::{Cpu, Rig, RigSetup, pool};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use tdp::{
@@ -35,8 +35,28 @@ const SLOT_BLOCK: u64 = 1 << 20;
 const MOVED_FRAMES: u64 = 1 << 33;
 const BARE_FRAMES: u64 = 3 << 32;
 
-/// Runs `ops` from the start, and compares after each.
+/// How often a run is compared with the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// All of it after each operation.
+    Closely,
+    /// The counters and the surroundings after each operation, all of it at times and at the end: for many short runs.
+    Lightly,
+}
+
+/// Frames of the pool of a run.
+pub(crate) const FRAMES: usize = 1 << 14;
+
+/// Operations between two comparisons of all of a run that is watched lightly.
+const LIGHTLY: usize = 32;
+
+/// Runs `ops` from the start on a pool of its own, and compares after each.
 pub(crate) fn run<F: Processor>(setup: Setup, ops: &[Op]) {
+    run_on::<F>(pool(FRAMES), setup, ops, Watch::Closely);
+}
+
+/// Runs `ops` from the start on a pool whose frames are all in it, and compares as `watch` says.
+pub(crate) fn run_on<F: Processor>(pool: SharedPool, setup: Setup, ops: &[Op], watch: Watch) {
     let processor = ProcessorSetup {
         root_level: if setup.five_levels {
             Level::L5
@@ -51,21 +71,25 @@ pub(crate) fn run<F: Processor>(setup: Setup, ops: &[Op]) {
         ..ProcessorSetup::default()
     };
     let max_leaf = Level::from_number(3 - setup.max_leaf % 3).unwrap_or(Level::L3);
-    let rig = Rig::<F>::with(RigSetup {
+    let rig_setup = RigSetup {
         processor,
-        frames: 1 << 14,
         mmio_caching: !setup.no_mmio_caching,
         max_leaf,
         // Small, so that retiring drives reclamation in the middle of things.
         garbage_bound: 4,
         eager_split: false,
         ..RigSetup::default()
-    });
+    };
+    let rig = Rig::<F>::on(pool, rig_setup);
     let mut run = Run::new(&rig, setup, max_leaf);
     run.verify(Gfn(0));
-    for &op in ops {
+    for (step, &op) in ops.iter().enumerate() {
         let at = run.step(op);
-        run.verify(at);
+        if watch == Watch::Closely || step % LIGHTLY == LIGHTLY - 1 {
+            run.verify(at);
+        } else {
+            run.verify_around(at, 0);
+        }
     }
     run.finish();
 }

@@ -11,14 +11,24 @@ const PROBED_LEAVES: usize = 3;
 impl<F: Processor> Run<'_, F> {
     /// Compares everything; `at` is looked at from close by.
     pub(super) fn verify(&mut self, at: Gfn) {
+        self.verify_around(at, PROBED_LEAVES);
+        for space in 0..self.watchers.len() {
+            if let Ok(root) = self.watchers[space].load_root() {
+                self.verify_leaves(space, root.generation);
+            }
+        }
+    }
+
+    /// Compares the counters, which tell of a leaf or a table too many or too few anywhere, and what is around `at` and
+    /// around `leaves` leaves of each root.
+    pub(super) fn verify_around(&mut self, at: Gfn, leaves: usize) {
         for space in 0..self.watchers.len() {
             let Ok(root) = self.watchers[space].load_root() else {
                 assert!(self.rig.frames().is_starving());
                 continue;
             };
             self.register(root, space);
-            self.verify_leaves(space, root.generation);
-            for gfn in self.probes(root.generation, at) {
+            for gfn in self.probes(root.generation, at, leaves) {
                 self.verify_frame(space, root, gfn);
             }
         }
@@ -54,11 +64,11 @@ impl<F: Processor> Run<'_, F> {
         );
     }
 
-    /// Frames to look at: around `at`, and at the ends of some leaves.
-    fn probes(&self, generation: u64, at: Gfn) -> Vec<Gfn> {
+    /// Frames to look at: around `at`, and at the ends of `count` leaves.
+    fn probes(&self, generation: u64, at: Gfn, count: usize) -> Vec<Gfn> {
         let leaves = &self.roots[&generation].tree.leaves;
         let turn = at.0 as usize % (leaves.len() + 1);
-        let ends = leaves.iter().cycle().skip(turn).take(PROBED_LEAVES);
+        let ends = leaves.iter().skip(turn).chain(leaves).take(count);
         let ends = ends.flat_map(|(&start, leaf)| {
             let pages = leaf.level.pages();
             [start, start + pages - 1, start + pages]

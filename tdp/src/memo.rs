@@ -1,0 +1,254 @@
+//! What a vCPU remembers from fault to fault, so that the common one neither searches nor walks.
+//!
+//! Protocol. A memo holds what was found in earlier critical sections of its vCPU, all under one *stamp* of the epoch domain:
+//! the slot used last, the tables of level 1 used last, and the bits of the leaf made last. A section whose stamp is the same
+//! may go by it ([`Memo::current`]); with any other stamp the memo is emptied first ([`Memo::renew`]). The stamp moves
+//!
+//! * with each grace period of what is retired, so what a memo points to is memory, and still what it was: a table may have
+//!   been unlinked meanwhile. Its entries are sealed then, or about to be (INV: unlink-seals): who comes by this way is no
+//!   other than one who walked down before and was slow;
+//! * after each publication of slots, after each beginning of an invalidation, after roots are made obsolete. Whoever
+//!   publishes these waits, if it has to, for the sections that began before; so a section that goes by the old stamp
+//!   is waited for, exactly as one that looked before the publication (`section.rs` of the epoch domain tells both orders).
+//!
+//! A memo is renewed only while nothing is under invalidation and the root is not obsolete, both looked at after the stamp:
+//! who goes by the memo need not look at either.
+//!
+//! Whatever is remembered was found after a stamp was read, and is remembered under a stamp that is no newer.
+
+use crate::entry::{EntryRef, TablePage};
+use crate::event::Site;
+use crate::host::{AddressSpaceId, Mapping};
+use crate::slots::Slot;
+use core::ptr::NonNull;
+use tdp_arch::{Format, Gfn, LeafAttrs, Level, Pfn, Spte};
+use tdp_rcu::{Section, Stamp};
+
+/// Tables of level 1 that are remembered: 256 MiB of guest memory. A model checker gets as many as it can tell apart.
+const TABLES: usize = if cfg!(loom) { 2 } else { 128 };
+
+/// See the module. What a fault reads of it in any case comes first.
+#[repr(C)]
+pub(crate) struct Memo<B> {
+    stamp: Stamp,
+    /// Null for none.
+    slot: *const Slot<B>,
+    recipe: Recipe,
+}
+
+/// The tables that are part of the memo, apart from it because of their size.
+pub(crate) struct Tables([Table; TABLES]);
+
+/// A table of level 1.
+#[derive(Clone, Copy)]
+struct Table {
+    /// Guest frames without the bits that choose an entry; [`Table::NONE`]'s is that of no frame.
+    region: u64,
+    page: NonNull<TablePage>,
+    /// The same page, for whom events are told.
+    #[cfg(feature = "tracing")]
+    pfn: Pfn,
+}
+
+impl Table {
+    const NONE: Self = Self {
+        region: u64::MAX,
+        page: NonNull::dangling(),
+        #[cfg(feature = "tracing")]
+        pfn: Pfn(0),
+    };
+}
+
+/// How a leaf of level 1 is made of a frame: the answer to a wish that came before.
+#[derive(Clone, Copy)]
+struct Recipe {
+    wish: Wish,
+    /// Bits that the number of a host frame may have.
+    pfn_bits: u32,
+    /// The leaf, without its frame.
+    leaf: Spte,
+}
+
+/// All that decides whether a leaf of level 1 is made, and what it looks like, but for its frame and the kind of access.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wish(u32);
+
+impl Wish {
+    /// No wish.
+    const NONE: Self = Self(u32::MAX);
+
+    #[inline(always)]
+    pub(crate) fn new(mapping: &Mapping, max_level: Level, prefetch: bool) -> Self {
+        Self(
+            u32::from(mapping.perms.bits())
+                | u32::from(mapping.level.number()) << 8
+                | u32::from(max_level.number()) << 12
+                | (mapping.memory_type as u32) << 16
+                | u32::from(mapping.ignore_guest_pat) << 20
+                | u32::from(prefetch) << 21,
+        )
+    }
+
+    #[inline(always)]
+    pub(crate) const fn is_prefetch(self) -> bool {
+        self.0 >> 21 & 1 != 0
+    }
+
+    /// Whether it can be answered by a leaf of level 1 only, whatever the slot and the guest frame.
+    #[inline(always)]
+    pub(crate) const fn is_for_small(self) -> bool {
+        self.0 >> 8 & 0xf == 1 || self.0 >> 12 & 0xf == 1
+    }
+}
+
+#[allow(unsafe_code)]
+// UNSAFETY: the slot is a raw pointer, which the compiler takes for thread-bound.
+// SAFETY: it is dereferenced in `Current::slot` only, under the rule of the stamp, whichever thread runs it; a slot may be used from
+// any thread because `B` is `Send` and `Sync`.
+unsafe impl<B: Send + Sync> Send for Memo<B> {}
+
+#[allow(unsafe_code)]
+// UNSAFETY: as above, for pages of tables.
+// SAFETY: they are dereferenced in `Current::entry` only, under the same rule, and hold atomics.
+unsafe impl Send for Tables {}
+
+impl<B> Memo<B> {
+    pub(crate) const fn new() -> Self {
+        Self {
+            stamp: Stamp::NONE,
+            slot: core::ptr::null(),
+            recipe: Recipe {
+                wish: Wish::NONE,
+                pfn_bits: 0,
+                leaf: Spte(0),
+            },
+        }
+    }
+
+    /// What is remembered, if `section` may go by it.
+    #[inline(always)]
+    pub(crate) fn current<'s>(&self, section: &'s Section<'_>) -> Option<Current<'_, 's, B>> {
+        (self.stamp == section.stamp()).then_some(Current {
+            memo: self,
+            _section: section,
+        })
+    }
+
+    /// Empties the memo, for what is found in a section that has read `stamp`.
+    #[cold]
+    pub(crate) fn renew(&mut self, tables: &mut Tables, stamp: Stamp) {
+        *self = Self::new();
+        tables.0 = [Table::NONE; TABLES];
+        self.stamp = stamp;
+    }
+
+    /// Forgets everything: another tree from now on.
+    pub(crate) fn forget(&mut self) {
+        *self = Self::new();
+    }
+
+    /// Remembers the slot used last.
+    #[inline(always)]
+    pub(crate) fn note_slot(&mut self, slot: &Slot<B>) {
+        self.slot = slot;
+    }
+
+    /// Remembers how the leaf was made that answers a wish.
+    #[inline(always)]
+    pub(crate) fn note_leaf<F: Format>(&mut self, wish: Wish, attrs: LeafAttrs, pfn_limit: Pfn) {
+        self.recipe = Recipe {
+            wish,
+            // Of a limit that is no power of two, the part up to one.
+            pfn_bits: pfn_limit.0.ilog2(),
+            leaf: F::leaf(Pfn(0), Level::L1, attrs),
+        };
+    }
+}
+
+/// What is remembered, in a section that may go by it.
+pub(crate) struct Current<'m, 's, B> {
+    memo: &'m Memo<B>,
+    _section: &'s Section<'s>,
+}
+
+impl<'s, B> Current<'_, 's, B> {
+    /// The slot that was used last, if it holds `gfn`.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn slot(&self, gfn: Gfn) -> Option<&'s Slot<B>> {
+        // UNSAFETY: a pointer kept from an earlier critical section.
+        // SAFETY: null, or found in a published snapshot in an earlier section, whose stamp is this one's: a snapshot that
+        // owned it is not freed before this section ends (INV: flush-before-reuse, its grace-period half).
+        let slot = unsafe { self.memo.slot.as_ref() }?;
+        slot.contains(gfn).then_some(slot)
+    }
+
+    /// The entry of `gfn` in its table of level 1, if that is remembered. It may have been unlinked since.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn entry(
+        &self,
+        tables: &Tables,
+        as_id: AddressSpaceId,
+        gfn: Gfn,
+    ) -> Option<EntryRef<'s>> {
+        let region = Tables::region(gfn);
+        let table = &tables.0[Tables::place(region)];
+        if table.region != region {
+            return None;
+        }
+        // UNSAFETY: a pointer kept from an earlier critical section.
+        // SAFETY: it came from a frame source, which promises a valid page for as long as it lives; that it is still the same
+        // table is what the stamp says (INV: flush-before-reuse). What is in the page is atomic.
+        let page: &'s TablePage = unsafe { table.page.as_ref() };
+        #[cfg(feature = "tracing")]
+        let pfn = table.pfn;
+        #[cfg(not(feature = "tracing"))]
+        let pfn = Pfn(0);
+        Some(
+            page.get(Level::L1.index(gfn))?
+                .at(Site::new(as_id, gfn, pfn)),
+        )
+    }
+
+    /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
+    #[inline(always)]
+    pub(crate) fn leaf<F: Format>(&self, wish: Wish, pfn: Pfn) -> Option<Spte> {
+        let recipe = &self.memo.recipe;
+        let known = recipe.wish == wish && pfn.0 >> recipe.pfn_bits == 0;
+        known.then(|| F::with_pfn(recipe.leaf, pfn))
+    }
+}
+
+impl Tables {
+    pub(crate) const fn new() -> Self {
+        Self([Table::NONE; TABLES])
+    }
+
+    #[inline(always)]
+    const fn region(gfn: Gfn) -> u64 {
+        gfn.0 >> Level::L2.gfn_shift()
+    }
+
+    #[inline(always)]
+    const fn place(region: u64) -> usize {
+        region as usize % TABLES
+    }
+
+    /// Remembers the table of `gfn`.
+    #[inline(always)]
+    pub(crate) fn note(&mut self, gfn: Gfn, _pfn: Pfn, page: &TablePage) {
+        let region = Self::region(gfn);
+        self.0[Self::place(region)] = Table {
+            region,
+            page: NonNull::from(page),
+            #[cfg(feature = "tracing")]
+            pfn: _pfn,
+        };
+    }
+
+    /// Has the next fault on `gfn` come down from the root.
+    pub(crate) fn forget(&mut self, gfn: Gfn) {
+        self.0[Self::place(Self::region(gfn))] = Table::NONE;
+    }
+}
