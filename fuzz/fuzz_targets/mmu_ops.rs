@@ -7,13 +7,18 @@
 #[path = "../../tdp/tests/common/mod.rs"]
 mod common;
 
+use common::host::SharedPool;
 use common::ops::{Op, Setup};
-use common::run::run;
+use common::run::{FRAMES, Watch, run_on};
 use libfuzzer_sys::fuzz_target;
+use std::sync::LazyLock;
 use tdp::{Ept, Npt};
 
 /// Longer sequences find nothing that shorter ones do not, and take longer.
-const MOST_OPS: usize = 200;
+const MOST_OPS: usize = 24;
+
+/// Mapped once: an execution gives back all that it takes, or fails.
+static POOL: LazyLock<SharedPool> = LazyLock::new(|| common::rig::pool(FRAMES));
 
 #[derive(Debug, arbitrary::Arbitrary)]
 struct Input {
@@ -24,9 +29,10 @@ struct Input {
 
 fuzz_target!(|input: Input| {
     let ops = input.ops.get(..MOST_OPS).unwrap_or(&input.ops);
-    if input.npt {
-        run::<Npt>(input.setup, ops);
+    let run = if input.npt {
+        run_on::<Npt>
     } else {
-        run::<Ept>(input.setup, ops);
-    }
+        run_on::<Ept>
+    };
+    run(POOL.clone(), input.setup, ops, Watch::Lightly);
 });
