@@ -5,9 +5,10 @@
 
 use crate::report::{Error, Output};
 use crate::{
-    access_tracking_perf, demand_paging, dirty_log_perf, interference, memslot_modification_stress,
-    memslot_perf, mmu_stress, nx_huge_pages_perf, pre_fault_memory, private_faults,
-    private_mem_conversions, replay, sweeps, vm_teardown,
+    access_tracking_perf, compare, conflicts, constant, demand_paging, dirty_log_perf,
+    instructions, interference, memory, memslot_modification_stress, memslot_perf, mmu_stress,
+    nx_huge_pages_perf, pre_fault_memory, private_faults, private_mem_conversions, replay, scaling,
+    soak, suite, sweeps, vm_teardown,
 };
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
@@ -25,6 +26,7 @@ Examples:
   tdp-bench demand-paging                                   a first look, a few seconds, and a Linux boot replayed
   tdp-bench demand-paging -v 2 -b 1G -f both --json out.json
   tdp-bench replay benches/testdata
+  tdp-bench suite --quick --out report                      all scenarios, a report to look at
   tdp-bench private-faults -v 64 --backend-cost 1ms --backend-wait sleep     calls of a trusted module overlap";
 
 #[derive(Debug, Parser)]
@@ -51,9 +53,19 @@ enum Scenario {
     NxHugePagesPerf(nx_huge_pages_perf::Args),
     DirtyLogPerf(dirty_log_perf::Args),
     MmuStress(mmu_stress::Args),
+    Soak(soak::Args),
     Sweeps(sweeps::Args),
     Interference(interference::Args),
+    Constant(constant::Args),
     Replay(replay::Args),
+    Conflicts(conflicts::Args),
+    Scaling(scaling::Args),
+    #[command(hide = true)]
+    Traced(conflicts::TracedArgs),
+    Memory(memory::Args),
+    Suite(suite::Args),
+    Compare(compare::Args),
+    Instructions(instructions::Args),
 }
 
 impl Scenario {
@@ -70,11 +82,31 @@ impl Scenario {
             Self::NxHugePagesPerf(args) => nx_huge_pages_perf::run(args, output),
             Self::DirtyLogPerf(args) => dirty_log_perf::run(args, output),
             Self::MmuStress(args) => mmu_stress::run(args, output),
+            Self::Soak(args) => soak::run(args, output),
             Self::Sweeps(args) => sweeps::run(args, output),
             Self::Interference(args) => interference::run(args, output),
+            Self::Constant(args) => constant::run(args, output),
             Self::Replay(args) => replay::run(args, output),
+            Self::Scaling(args) => scaling::run(args, output),
+            Self::Conflicts(args) => conflicts::run(args, output),
+            Self::Traced(args) => conflicts::run_traced(args),
+            Self::Memory(args) => memory::run(args, output),
+            Self::Suite(args) => suite::run(args, output),
+            Self::Compare(args) => compare::run(args, output),
+            Self::Instructions(args) => instructions::run(args, output),
         }
     }
+}
+
+/// Runs the scenario of `line`, a command line without the program's name.
+///
+/// # Errors
+///
+/// As the scenario, and [`Error::Usage`] if `line` is wrong.
+pub(crate) fn run_line(line: &str, output: &Output) -> Result<(), Error> {
+    let words = std::iter::once("tdp-bench").chain(line.split_whitespace());
+    let cli = Cli::try_parse_from(words).map_err(|e| Error::Usage(one_line(&e)))?;
+    cli.scenario.run(output)
 }
 
 /// Runs the command line of this process.
@@ -84,10 +116,7 @@ pub fn main() -> ExitCode {
 
 /// Runs the command line `args`, the program's name included.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let parsed = Cli::command()
-        .try_get_matches_from(args)
-        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, is_demo(&matches))));
-    let (cli, demo) = match parsed {
+    let (cli, demo) = match parse(args) {
         Ok(parsed) => parsed,
         Err(error)
             if matches!(
@@ -109,6 +138,23 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
+}
+
+/// What `args` ask for, and whether it is the demonstration.
+fn parse(args: impl IntoIterator<Item = OsString>) -> clap::error::Result<(Cli, bool)> {
+    let matches = Cli::command().try_get_matches_from(args)?;
+    Ok((Cli::from_arg_matches(&matches)?, is_demo(&matches)))
+}
+
+/// Reads the command line `args`, the program's name included, and runs nothing.
+///
+/// # Errors
+///
+/// What is wrong with it; also where all that it asks for is help.
+pub fn check(args: impl IntoIterator<Item = OsString>) -> Result<(), Error> {
+    parse(args)
+        .map(|_| ())
+        .map_err(|error| Error::Usage(one_line(&error)))
 }
 
 /// Whether the command line is `demand-paging` and nothing else: a first look, which shows a real guest as well.
@@ -154,5 +200,30 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_suite_leaves_no_scenario_out() {
+        let command = Cli::command();
+        let mut left: Vec<_> = command.get_subcommands().map(|c| c.get_name()).collect();
+        for scenario in suite::PLAN {
+            for args in [scenario.quick, scenario.full] {
+                let line = format!("tdp-bench {} {args}", scenario.command);
+                let parsed = Cli::try_parse_from(line.split_whitespace());
+                assert!(parsed.is_ok(), "{line}: {parsed:?}");
+            }
+            left.retain(|name| *name != scenario.command);
+        }
+        // What takes no time that could be compared.
+        let timeless = [
+            "soak",
+            "replay",
+            "conflicts",
+            "traced",
+            "suite",
+            "compare",
+            "instructions",
+        ];
+        assert_eq!(left, timeless);
     }
 }

@@ -6,9 +6,12 @@
 //!
 //! Human-readable text goes to standard output, and to standard error if the JSON goes to standard output.
 
+use crate::sys;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use parking_lot::Mutex;
 use serde::Serialize;
+use serde_json::Value;
 use std::fmt::Display;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -78,6 +81,8 @@ enum Json {
     None,
     Stdout,
     File(PathBuf),
+    /// For another scenario, which runs this one and says what there is to say.
+    Kept(Mutex<Option<Value>>),
 }
 
 /// Where a scenario's findings go.
@@ -98,14 +103,16 @@ struct Report<'a, B> {
 
 /// What the figures were measured on.
 #[derive(Serialize)]
-struct Machine {
-    cpus: usize,
-    model: Option<String>,
-    build: &'static str,
+pub(crate) struct Machine {
+    pub(crate) cpus: usize,
+    pub(crate) model: Option<String>,
+    pub(crate) kernel: Option<String>,
+    pub(crate) memory_bytes: Option<u64>,
+    pub(crate) build: &'static str,
 }
 
 impl Machine {
-    fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = info
             .lines()
@@ -115,6 +122,10 @@ impl Machine {
         Self {
             cpus: std::thread::available_parallelism().map_or(1, Into::into),
             model,
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
+                .ok()
+                .map(|release| release.trim().to_owned()),
+            memory_bytes: sys::total_memory(),
             build: if cfg!(debug_assertions) {
                 "debug"
             } else {
@@ -158,10 +169,26 @@ impl Output {
         Ok(Self { json })
     }
 
+    /// Output that shows nothing and keeps its JSON for [`kept`](Self::kept).
+    pub fn keeping() -> Self {
+        Self {
+            json: Json::Kept(Mutex::new(None)),
+        }
+    }
+
+    /// The report that was kept, if it came to one.
+    pub fn kept(self) -> Option<Value> {
+        match self.json {
+            Json::Kept(report) => report.into_inner(),
+            _ => None,
+        }
+    }
+
     /// Prints a line. A reader that went away is not an error.
     pub fn say(&self, line: impl Display) {
         // The JSON or the exit code still tells how the run went.
         let _ = match self.json {
+            Json::Kept(_) => Ok(()),
             Json::Stdout => writeln!(io::stderr(), "{line}"),
             _ => writeln!(io::stdout(), "{line}"),
         };
@@ -189,7 +216,8 @@ impl Output {
     /// A progress bar over `steps`, on standard error if that is a terminal; hidden otherwise. It clears itself when
     /// dropped.
     pub fn progress(&self, steps: u64) -> Progress {
-        let target = if io::stderr().is_terminal() {
+        let shown = !matches!(self.json, Json::Kept(_));
+        let target = if shown && io::stderr().is_terminal() {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()
@@ -217,11 +245,15 @@ impl Output {
             machine: Machine::detect(),
             body,
         };
-        let mut text =
-            serde_json::to_string_pretty(&report).map_err(|e| Error::run("JSON report", e))?;
+        let failed = |e| Error::run("JSON report", e);
+        if let Json::Kept(kept) = &self.json {
+            *kept.lock() = Some(serde_json::to_value(&report).map_err(failed)?);
+            return Ok(());
+        }
+        let mut text = serde_json::to_string_pretty(&report).map_err(failed)?;
         text.push('\n');
         match &self.json {
-            Json::None => Ok(()),
+            Json::None | Json::Kept(_) => Ok(()),
             Json::Stdout => io::stdout()
                 .write_all(text.as_bytes())
                 .map_err(|e| Error::io("standard output", e)),

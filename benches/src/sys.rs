@@ -89,10 +89,30 @@ pub fn wake_precisely() -> std::io::Result<()> {
 
 /// Bytes of memory that can be used without swapping, or `None` if the system does not tell.
 pub fn available_memory() -> Option<u64> {
+    memory_info("MemAvailable:")
+}
+
+/// Bytes of memory that the system has, or `None` if it does not tell.
+pub fn total_memory() -> Option<u64> {
+    memory_info("MemTotal:")
+}
+
+/// Bytes of the heap that are in use, or `None` if the C library does not tell.
+pub fn heap() -> Option<u64> {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: the call takes nothing and returns numbers.
+        let info = unsafe { libc::mallinfo2() };
+        // Of the arena, and in mappings of their own.
+        u64::try_from(info.uordblks + info.hblkhd).ok()
+    }
+    #[cfg(not(target_env = "gnu"))]
+    None
+}
+
+fn memory_info(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -133,7 +153,16 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_env = "gnu")]
+    fn the_heap_has_what_is_on_it() {
+        let before = heap().unwrap();
+        let large = std::hint::black_box(vec![1_u8; 64 << 20]);
+        assert!(heap().unwrap() >= before.saturating_sub(8 << 20) + large.len() as u64);
+    }
+
+    #[test]
     fn there_is_memory() {
-        assert!(available_memory().is_some_and(|bytes| bytes > 1 << 20));
+        let total = total_memory().unwrap();
+        assert!(available_memory().is_some_and(|bytes| bytes > 1 << 20 && bytes < total));
     }
 }

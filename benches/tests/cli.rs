@@ -48,6 +48,11 @@ fn wrong_usage_is_one_line_that_names_it_and_exit_code_2() {
         ),
         ("demand-paging --json /tmp", "/tmp"),
         ("demand-paging --json", "--json"),
+        ("memory -b 1M", "-b 1M"),
+        ("memory --sparse 4M", "--sparse 4M"),
+        ("memory --pages 0", "--pages"),
+        ("instructions --renew", "--baseline"),
+        ("instructions --limit much", "much"),
     ] {
         let output = bench(&words(args));
         let errors = text(&output.stderr);
@@ -93,6 +98,7 @@ fn a_pool_that_is_too_small_is_one_line_and_exit_code_1() {
 fn memory_that_the_machine_does_not_have_is_exit_code_1() {
     for args in [
         "demand-paging -v 1 -b 64T",
+        "memory -b 128T",
         "demand-paging -b 4M --pool 1024T",
     ] {
         let output = bench(&words(args));
@@ -126,6 +132,35 @@ fn help_teaches_and_is_exit_code_0() {
             "{args}: {}",
             text(&output.stdout)
         );
+    }
+}
+
+#[test]
+fn the_constant_has_its_ratios_for_each_format() {
+    for fences in ["asymmetric", "symmetric"] {
+        let args = format!("constant -b 4M -i 2 --fences {fences} --json -");
+        let report = json(&bench(&words(&args)));
+        for format in ["ept", "npt"] {
+            for ratio in [
+                "sequential",
+                "random",
+                "map",
+                "guard_vs_cas",
+                "guard_share",
+                "invalidation_median_ns",
+            ] {
+                let figure = report["ratios"][format][ratio].as_f64();
+                assert!(
+                    figure.is_some_and(|figure| figure > 0.0),
+                    "{format} {ratio}: {figure:?}"
+                );
+            }
+        }
+        assert_eq!(report["checks"]["reachable"], 0);
+        assert_eq!(report["checks"]["leaked_frames"], 0);
+        for row in report["results"].as_array().unwrap() {
+            assert!(row["invalidation"]["faults"].as_u64().unwrap() > 0);
+        }
     }
 }
 

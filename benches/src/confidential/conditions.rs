@@ -232,7 +232,7 @@ pub const fn may_fail(step: HandOffStep) -> bool {
 }
 
 /// The step that makes a call of the TDX module, if a hand-off makes it.
-const fn step_of(call: Call) -> Option<HandOffStep> {
+pub(crate) const fn step_of(call: Call) -> Option<HandOffStep> {
     STEPS[call as usize]
 }
 

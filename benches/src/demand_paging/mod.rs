@@ -10,7 +10,7 @@
 
 mod findings;
 mod lanes;
-mod plan;
+pub(crate) mod plan;
 
 use crate::confidential::backend::BackendChoice;
 use crate::confidential::faulting::Touched;

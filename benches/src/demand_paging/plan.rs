@@ -199,7 +199,7 @@ fn shared_regions(args: &Args, total: u64, vcpu: u64, vcpus: u64) -> Result<Orde
 }
 
 /// `count` pages from the `first`-th on, in an order that follows from `seed`.
-fn shuffled(first: u64, count: u64, seed: u64) -> Result<Vec<u32>, Error> {
+pub(crate) fn shuffled(first: u64, count: u64, seed: u64) -> Result<Vec<u32>, Error> {
     let too_many = |e: Box<dyn std::error::Error + Send + Sync>| {
         Error::run(format!("-a with {count} pages a vCPU"), e)
     };

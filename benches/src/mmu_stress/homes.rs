@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tdp_arch::{Gfn, GfnRange, Level, Pfn};
 
 /// Pages in a block.
-pub(super) const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 512;
 /// First host frame: of a large home, aligned.
 const FRAMES: u64 = 1 << 22;
 /// Large homes more than blocks, and small ones in all.
@@ -29,7 +29,7 @@ struct Free {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Homes {
+pub(crate) struct Homes {
     first: Gfn,
     pages: usize,
     /// Owner of each host frame: a page and one, or nobody.
@@ -45,7 +45,7 @@ pub(super) struct Homes {
 
 impl Homes {
     /// Memory of `gfns`, whole blocks, each in a large home.
-    pub(super) fn new(gfns: GfnRange) -> Self {
+    pub(crate) fn new(gfns: GfnRange) -> Self {
         let pages = gfns.pages() as usize;
         let blocks = pages / BLOCK;
         let large = blocks + SPARE_BLOCKS;
@@ -73,17 +73,17 @@ impl Homes {
     }
 
     /// Number of a page.
-    pub(super) fn page(&self, gfn: Gfn) -> Option<usize> {
+    pub(crate) fn page(&self, gfn: Gfn) -> Option<usize> {
         let page = gfn.0.checked_sub(self.first.0)? as usize;
         (page < self.pages).then_some(page)
     }
 
-    pub(super) fn pages(&self) -> usize {
+    pub(crate) fn pages(&self) -> usize {
         self.pages
     }
 
     /// What backs a page: host frame and largest leaf.
-    pub(super) fn backing(&self, page: usize) -> (Pfn, Level) {
+    pub(crate) fn backing(&self, page: usize) -> (Pfn, Level) {
         let whole = self.whole[page / BLOCK].load(Ordering::Acquire);
         let home = self.homes[page].load(Ordering::Acquire);
         (
@@ -98,20 +98,20 @@ impl Homes {
     }
 
     /// Whether a host frame belongs to a page now.
-    pub(super) fn is_owned(&self, pfn: Pfn, page: usize) -> bool {
+    pub(crate) fn is_owned(&self, pfn: Pfn, page: usize) -> bool {
         self.frame(pfn)
             .is_some_and(|frame| self.owners[frame].load(Ordering::Acquire) == page as u64 + 1)
     }
 
     /// A guest writes to a host frame.
-    pub(super) fn write(&self, pfn: Pfn) {
+    pub(crate) fn write(&self, pfn: Pfn) {
         if let Some(frame) = self.frame(pfn) {
             self.values[frame].fetch_add(1, Ordering::AcqRel);
         }
     }
 
     /// What was written to a page. It does not move meanwhile.
-    pub(super) fn value(&self, page: usize) -> u64 {
+    pub(crate) fn value(&self, page: usize) -> u64 {
         let _still = self.free.lock();
         let home = self.homes[page].load(Ordering::Acquire);
         self.values[home as usize].load(Ordering::Acquire)
@@ -138,7 +138,7 @@ impl Homes {
     }
 
     /// Moves one page to a small home. No guest can reach it: it is under invalidation, zapped and flushed.
-    pub(super) fn move_page(&self, page: usize) {
+    pub(crate) fn move_page(&self, page: usize) {
         let mut free = self.free.lock();
         let Some(frame) = free.small.pop() else {
             return;
@@ -148,7 +148,7 @@ impl Homes {
     }
 
     /// Moves all pages of a block to a large home, if there is one; as [`move_page`](Self::move_page).
-    pub(super) fn move_block(&self, block: usize) {
+    pub(crate) fn move_block(&self, block: usize) {
         let mut free = self.free.lock();
         let Some(home) = free.large.pop() else {
             return;

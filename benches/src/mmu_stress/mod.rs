@@ -15,7 +15,7 @@
 mod findings;
 mod guest;
 mod hands;
-mod homes;
+pub(crate) mod homes;
 mod sparse;
 mod world;
 

@@ -133,7 +133,20 @@ pub fn demo(output: &Output) -> Result<(), Error> {
 /// names the file and the line.
 pub fn replay<F: Processor>(path: &Path, limit: Option<u64>) -> Result<Findings, Error> {
     let scenario = source::scenario(path)?;
-    let mut lines = source::Lines::open(path)?;
+    replay_lines::<F>(path, scenario, source::Lines::open(path)?, limit)
+}
+
+/// Replays the `lines` of a trace, which belong to `scenario`, up to `limit` faults. `path` is for messages.
+///
+/// # Errors
+///
+/// As [`replay`].
+pub fn replay_lines<F: Processor>(
+    path: &Path,
+    scenario: scenario::Scenario,
+    mut lines: source::Lines,
+    limit: Option<u64>,
+) -> Result<Findings, Error> {
     let findings = Findings {
         name: scenario.name.clone(),
         path: path.display().to_string(),

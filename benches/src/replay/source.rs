@@ -114,7 +114,13 @@ impl Lines {
     /// If it cannot be opened or is not compressed as its name says.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = BufReader::new(File::open(path).map_err(|e| Error::io(path, e))?);
-        let reader: Box<dyn BufRead> = if path.to_string_lossy().ends_with(COMPRESSED) {
+        let compressed = path.to_string_lossy().ends_with(COMPRESSED);
+        Ok(Self::of(file, compressed))
+    }
+
+    /// The lines of what is read from `file`, plain or compressed.
+    pub fn of(file: impl BufRead + 'static, compressed: bool) -> Self {
+        let reader: Box<dyn BufRead> = if compressed {
             Box::new(BufReader::with_capacity(
                 1 << 16,
                 Frames { file, frame: None },
@@ -122,11 +128,11 @@ impl Lines {
         } else {
             Box::new(file)
         };
-        Ok(Self {
+        Self {
             reader,
             buffer: Vec::new(),
             number: 0,
-        })
+        }
     }
 
     /// Number of the line that was read last, from 1.
