@@ -1,0 +1,166 @@
+//! What runs guests: vCPUs of KVM, or threads in their place.
+
+use crate::guest::State;
+#[cfg(target_arch = "x86_64")]
+use crate::kvm;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use uffd_handler::Session;
+use uffd_handler::vmm::Vmm;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+/// What runs guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    /// KVM if it is there, threads if it is not
+    Auto,
+    /// vCPUs of KVM
+    Kvm,
+    /// Threads in their place
+    Threads,
+}
+
+impl Kind {
+    /// Decides, and says so if there is no KVM.
+    pub(crate) fn decide(self) -> io::Result<Self> {
+        #[cfg(target_arch = "x86_64")]
+        let why = kvm::unavailable();
+        #[cfg(not(target_arch = "x86_64"))]
+        let why = Some("the guest program is for x86-64".to_owned());
+        match (self, why) {
+            (Kind::Threads, _) => Ok(Kind::Threads),
+            (Kind::Kvm, Some(why)) => Err(io::Error::other(why)),
+            (Kind::Auto, Some(why)) => {
+                eprintln!("{why}; threads run in place of vCPUs");
+                Ok(Kind::Threads)
+            }
+            (_, None) => Ok(Kind::Kvm),
+        }
+    }
+
+    /// A short name, for JSON.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Kind::Auto => "auto",
+            Kind::Kvm => "kvm",
+            Kind::Threads => "threads",
+        }
+    }
+}
+
+/// A machine with its memory.
+#[derive(Clone)]
+pub(crate) struct Machine {
+    #[cfg(target_arch = "x86_64")]
+    kvm: Option<Arc<kvm::Machine>>,
+    vmm: Arc<Vmm>,
+}
+
+impl Machine {
+    /// A machine on the memory of a VMM.
+    pub(crate) fn new(kind: Kind, vmm: Arc<Vmm>, log: bool) -> io::Result<Self> {
+        let _ = log;
+        Ok(Self {
+            #[cfg(target_arch = "x86_64")]
+            kvm: match kind {
+                Kind::Kvm => Some(Arc::new(kvm::Machine::new(vmm.memory(), log)?)),
+                _ => None,
+            },
+            vmm,
+        })
+    }
+
+    /// Calls `see` with the offset of every page that the processor's side knows to be written since the last time. `false`
+    /// if it keeps no log.
+    pub(crate) fn dirty(&self, see: impl FnMut(u64)) -> io::Result<bool> {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kvm) = &self.kvm {
+            return kvm.dirty(see).map(|()| true);
+        }
+        drop(see);
+        Ok(false)
+    }
+
+    /// Lets guests run, one for each state.
+    pub(crate) fn start(&self, states: Vec<State>) -> io::Result<Running> {
+        extern "C" fn nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), nothing)
+            .map_err(|why| io::Error::from_raw_os_error(why.errno()))?;
+        let mut running = Running {
+            stop: Arc::new(AtomicBool::new(false)),
+            guests: Vec::new(),
+        };
+        for (number, mut state) in states.into_iter().enumerate() {
+            let (vmm, stop) = (self.vmm.clone(), running.stop.clone());
+            #[cfg(target_arch = "x86_64")]
+            if let Some(kvm) = &self.kvm {
+                let mut vcpu = kvm.vcpu(number as u64, &state)?;
+                // The memory goes after the VM.
+                let kvm = kvm.clone();
+                running.guests.push(thread::spawn(move || {
+                    let ran = vcpu.run(&mut state, &stop);
+                    kvm.rest(vcpu);
+                    drop((kvm, vmm));
+                    ran.map(|()| state)
+                }));
+                continue;
+            }
+            let _ = number;
+            running.guests.push(thread::spawn(move || {
+                state.run_here(vmm.memory(), &stop);
+                Ok(state)
+            }));
+        }
+        Ok(running)
+    }
+}
+
+/// Guests that run.
+pub(crate) struct Running {
+    stop: Arc<AtomicBool>,
+    guests: Vec<JoinHandle<io::Result<State>>>,
+}
+
+impl Running {
+    /// Whether all of them are done.
+    pub(crate) fn is_done(&self) -> bool {
+        self.guests.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Stops them where they stand.
+    pub(crate) fn stop(self) -> io::Result<Vec<State>> {
+        self.stop.store(true, Ordering::Release);
+        while !self.is_done() {
+            for guest in &self.guests {
+                // One that has ended meanwhile is not there to be told.
+                let _ = guest.kill(SIGRTMIN());
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+        self.wait()
+    }
+
+    /// Waits until they are done, or until nobody serves their faults any more, for which they would wait for ever.
+    pub(crate) fn watched(self, session: &Session) -> io::Result<Vec<State>> {
+        while !self.is_done() {
+            if session.is_over() {
+                return Err(io::Error::other("the page-fault handler has failed"));
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+        self.wait()
+    }
+
+    fn wait(self) -> io::Result<Vec<State>> {
+        let ends = self.guests.into_iter().map(|guest| {
+            guest
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a guest's thread panicked")))
+        });
+        ends.collect()
+    }
+}

@@ -1,0 +1,9 @@
+//! Says where the kernel is linked to.
+
+fn main() {
+    println!(
+        "cargo::rustc-link-arg-bins=-T{}/machine/link.ld",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    println!("cargo::rerun-if-changed=machine/link.ld");
+}

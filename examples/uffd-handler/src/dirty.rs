@@ -1,0 +1,273 @@
+//! Which pages a guest has written, by write protection of the kernel's table.
+//!
+//! Protocol. A second MMU, without a private half, keeps for each page whether it may be written; its slots are logged. The
+//! kernel's table is to it what a processor's TLB is to a table in memory: it holds what was true when it was filled, and
+//! [`flush`](tdp::Host::flush) makes it forget.
+//!
+//! * A write to a protected page: the worker *enters*, has the library make the entry writable, which marks the page, lets
+//!   the kernel's page be written, and *exits*.
+//! * Collecting: the library takes the marks and the permission, then flushes: it waits for the workers that are inside,
+//!   whose permission may be from before, and protects the range again. Only then are the pages read.
+//!
+//! So a worker that was overtaken between its entry and the kernel's page cannot leave a page writable that the log holds for
+//! clean.
+
+use crate::changes::{ChangeError, lost};
+use crate::host::{SPACE, frames};
+use crate::protocol::Region;
+use crate::session::SessionError;
+use crate::sys::{Message, Short, Uffd};
+use crate::table::Refusal;
+use std::io;
+use std::sync::atomic::{AtomicI32, Ordering};
+use tdp::Level;
+use tdp::protected::Unprotected;
+use tdp::{
+    Access, Ept, Fault, FlushRequest, Gfn, GfnRange, Gpa, Host, Lookup, Mapping, MmapPool, Mmu,
+    Outcome, Perms, Pfn, PoolConfig, Slot, SlotFlags, TlbTracker, TlbVcpu, Vcpu,
+};
+
+/// The host of the second MMU.
+pub(crate) struct WriteHost {
+    frames: MmapPool,
+    uffd: Uffd,
+    inside: TlbTracker,
+    /// An error number of the kernel, if it once refused to protect a range.
+    failed: AtomicI32,
+}
+
+impl Host for WriteHost {
+    type Frames = MmapPool;
+    type Backing = ();
+    type Protected = Unprotected;
+
+    fn frames(&self) -> &MmapPool {
+        &self.frames
+    }
+
+    fn protected(&self) -> &Unprotected {
+        &Unprotected
+    }
+
+    fn lookup(&self, _: &Slot<()>, gfn: Gfn, _: Access) -> Lookup {
+        Lookup::Mapped(Mapping::memory(Pfn(gfn.0), Level::L1, Perms::RWX))
+    }
+
+    fn flush(&self, request: &FlushRequest) {
+        self.inside.track(|_| {});
+        let start = request.range.start.address().0;
+        let len = request.range.pages() * 4096;
+        // While the address space changes, the workers read why.
+        while let Err(Short { errno, .. }) = self.uffd.protect(start, len, true) {
+            if errno != libc::EAGAIN {
+                self.failed.store(errno, Ordering::Release);
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// The log of one VM's writes.
+pub struct WriteLog {
+    mmu: Mmu<Ept, WriteHost>,
+}
+
+impl WriteLog {
+    /// A log of those regions that are to have one, in which nothing is written. Their pages come protected.
+    pub(crate) fn new(uffd: Uffd, regions: &[Region]) -> Result<Self, String> {
+        let tracked: Vec<_> = regions.iter().filter(|it| it.track_writes).collect();
+        let bytes: u64 = tracked.iter().map(|region| region.size).sum();
+        let pool = MmapPool::new(PoolConfig {
+            frames: (2 * (bytes >> 21)) as usize + 4096,
+            base: Pfn(0x1000),
+            huge_pages: false,
+        });
+        let host = WriteHost {
+            frames: pool.map_err(|error| error.to_string())?,
+            uffd,
+            inside: TlbTracker::new(),
+            failed: AtomicI32::new(0),
+        };
+        let mmu = Mmu::builder(host)
+            .physical_bits(52)
+            .build()
+            .map_err(|error| error.to_string())?;
+        for region in tracked {
+            let range = frames(region.base_host_virt_addr, region.end());
+            mmu.slots()
+                .insert(Slot::new(range, ()).with_flags(SlotFlags::LOG_DIRTY))
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(Self { mmu })
+    }
+
+    pub(crate) fn writer(&self) -> Result<Writer, SessionError> {
+        Ok(Writer {
+            inside: self.mmu.host().inside.vcpu(),
+            vcpu: self.mmu.vcpu()?,
+            uffd: self.mmu.host().uffd.try_clone().map_err(|error| {
+                let what = "another descriptor";
+                SessionError::System { what, error }
+            })?,
+        })
+    }
+
+    /// Calls `see` with the address of every page that was written since the last time. What is written from now on is
+    /// reported the next time. The pages are to be read after this returns.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if it could not protect what was written: then later writes may be missed.
+    pub fn collect(&self, mut see: impl FnMut(u64)) -> io::Result<()> {
+        let mut written = Vec::new();
+        for slot in self.mmu.slots().list(SPACE) {
+            let log = self
+                .mmu
+                .dirty_log(SPACE, slot.id())
+                .map_err(io::Error::other)?;
+            let mut marks = vec![0u64; log.words()];
+            log.collect(&mut marks).map_err(io::Error::other)?.flush();
+            written.push((slot.gfns().start, marks));
+        }
+        match self.mmu.host().failed.load(Ordering::Acquire) {
+            0 => {}
+            errno => return Err(io::Error::from_raw_os_error(errno)),
+        }
+        for (start, marks) in written {
+            for (word, mut bits) in marks.into_iter().enumerate() {
+                while bits != 0 {
+                    let page = word as u64 * 64 + u64::from(bits.trailing_zeros());
+                    see(Gfn(start.0 + page).address().0);
+                    bits &= bits - 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks what a change of the address space writes.
+    pub(crate) fn note(&self, change: &Message) -> Result<(), ChangeError> {
+        match change {
+            Message::Remove { start, end } if start < end => {
+                let range = frames(*start, *end);
+                for slot in self.mmu.slots().list(SPACE) {
+                    let gfns = slot.gfns();
+                    let part = GfnRange {
+                        start: gfns.start.max(range.start),
+                        end: gfns.end.min(range.end),
+                    };
+                    if part.start < part.end {
+                        let log = self.mmu.dirty_log(SPACE, slot.id()).map_err(lost)?;
+                        log.mark(part.start.0 - gfns.start.0, part.pages());
+                    }
+                }
+                Ok(())
+            }
+            Message::Remap { .. } | Message::Unmap { .. } => Err(lost(
+                "regions whose writes are tracked have to stay where they are",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A worker's part of the log.
+pub(crate) struct Writer {
+    vcpu: Vcpu<Ept, WriteHost>,
+    inside: TlbVcpu,
+    uffd: Uffd,
+}
+
+impl Writer {
+    /// Marks the page of an address and lets it be written.
+    pub(crate) fn write(&mut self, address: u64) -> Result<Result<(), Refusal>, SessionError> {
+        loop {
+            // It keeps nothing from one write to the next that it would have to forget.
+            let _ = self.inside.enter();
+            let outcome = self.vcpu.fault(Fault::write(Gpa(address)));
+            let done = match outcome {
+                Ok(Outcome::Fixed { .. } | Outcome::Spurious) => {
+                    Some(self.uffd.protect(address & !4095, 4096, false))
+                }
+                _ => None,
+            };
+            self.inside.exit();
+            match (outcome?, done) {
+                (_, Some(Ok(()))) => return Ok(Ok(())),
+                (_, Some(Err(short))) => {
+                    return Ok(Err(match short.errno {
+                        libc::EAGAIN => Refusal::Changing,
+                        libc::ENOENT => Refusal::Gone,
+                        libc::ESRCH => Refusal::Dead,
+                        errno => Refusal::Errno(errno),
+                    }));
+                }
+                (Outcome::Retry(_), None) => {}
+                _ => return Ok(Err(Refusal::Gone)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Kind;
+    use crate::sys::{Raw, features};
+    use crate::vmm::{Shape, Vmm};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    /// A worker is overtaken by a collection after it has marked a page and before it lets the page be written.
+    #[test]
+    fn a_worker_that_was_overtaken_leaves_no_clean_page_writable() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED a_worker_that_was_overtaken_leaves_no_clean_page_writable: {why}");
+            return;
+        }
+        let vmm = Vmm::new(Shape {
+            track_writes: true,
+            features: features::WP,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        })
+        .expect("a VMM");
+        let hello = vmm.hello().expect("a hello");
+        let base = vmm.memory().address();
+        let page = [7u64; 512];
+        let filled = hello.uffd.copy(base, page.as_ptr() as u64, 4096, true);
+        filled.expect("a page");
+        let clone = hello.uffd.try_clone().expect("a descriptor");
+        let log = WriteLog::new(clone, &hello.regions).expect("a log");
+        let mut writer = log.writer().expect("a writer");
+
+        let _ = writer.inside.enter();
+        let marked = writer.vcpu.fault(Fault::write(Gpa(base)));
+        assert!(matches!(marked, Ok(Outcome::Fixed { .. })), "{marked:?}");
+        thread::scope(|scope| {
+            let collector = scope.spawn(|| {
+                let mut seen = Vec::new();
+                log.collect(|address| seen.push(address)).map(|()| seen)
+            });
+            // It does not end before the worker does; if it did, here it would have the time.
+            let begun = Instant::now();
+            while !collector.is_finished() && begun.elapsed() < Duration::from_millis(100) {
+                thread::yield_now();
+            }
+            hello.uffd.protect(base, 4096, false).expect("permission");
+            writer.inside.exit();
+            let seen = collector.join().expect("a collector").expect("a log");
+            assert_eq!(seen, [base]);
+
+            // A write from now on is noticed.
+            let guest = scope.spawn(|| vmm.memory().store(0, 8));
+            let mut noticed = 0;
+            while noticed == 0 && !guest.is_finished() {
+                noticed = hello.uffd.read(&mut [Raw::default()]).expect("messages");
+            }
+            writer.write(base).expect("a log").expect("permission");
+            assert_eq!(noticed, 1, "a write to a clean page went unseen");
+        });
+        assert_eq!(vmm.memory().load(0), 8);
+    }
+}

@@ -1,0 +1,487 @@
+//! One VM's handler: workers that share a table, and what runs beside them.
+//!
+//! Protocol. Each worker waits for messages by a poll of its own that wakes one of them only, reads one message at a time
+//! and resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
+//! that a change sends back is tried again after what there is to read has been read and applied. A fault that was read and
+//! not resolved when a handler died sleeps until it is woken: so whoever begins wakes all.
+//!
+//! A session ends when its connection does, or when it is stopped, or by an error, which the others then see.
+
+use crate::baseline::MutexTable;
+use crate::changes::{self, ChangeError};
+use crate::dirty::WriteLog;
+use crate::host::{PageStates, SPACE, page_states};
+use crate::protocol::{Hello, Region};
+use crate::source::Source;
+use crate::sys::{Message, Raw, Uffd};
+use crate::table::{Gate, KernelTable, Refusal};
+use crate::worker::{Served, Worker};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use tdp::{FaultError, MmuError};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Messages read at a time when all are wanted.
+const ROUND: usize = 16;
+
+/// A session could not begin, or ended in the middle.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The system refused something.
+    #[error("{what}: {error}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        error: io::Error,
+    },
+    /// The table could not be made.
+    #[error("the table could not be made: {0}")]
+    Table(String),
+    /// A worker's part of the table could not be made.
+    #[error(transparent)]
+    Mmu(#[from] MmuError),
+    /// No memory for tables.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
+    /// The kernel or the source refused a page.
+    #[error("the page at {address:#x} could not be filled: {}", explain(*why))]
+    Page {
+        /// Where.
+        address: u64,
+        /// Why.
+        why: Refusal,
+    },
+    /// A change of the address space could not be followed.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// The kernel sent something that was not asked for.
+    #[error("a message of unknown kind {0:#x}")]
+    Message(u8),
+}
+
+fn explain(refusal: Refusal) -> String {
+    match refusal {
+        Refusal::Changing => "the address space never stops changing".into(),
+        Refusal::Gone => "nothing is registered there".into(),
+        Refusal::Dead => "the process is gone".into(),
+        Refusal::Source(errno) => format!("the source: {}", io::Error::from_raw_os_error(errno)),
+        Refusal::Errno(errno) => io::Error::from_raw_os_error(errno).to_string(),
+    }
+}
+
+/// What resolves faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// The library.
+    #[default]
+    Tdp,
+    /// One mutex and a bitmap: what it is compared with.
+    Mutex,
+}
+
+/// How a session is to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Threads that resolve faults.
+    pub workers: usize,
+    /// What resolves them.
+    pub engine: Engine,
+    /// Fill everything that nobody asks for, beside the faults.
+    pub background: bool,
+    /// Snapshot offsets of pages to fill first: a working set that was recorded.
+    pub prefetch: Vec<u64>,
+    /// Note which pages are asked for, in order.
+    pub record: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            workers: 2,
+            engine: Engine::Tdp,
+            background: false,
+            prefetch: Vec::new(),
+            record: false,
+        }
+    }
+}
+
+/// What came of a session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    /// Faults, by how they ended.
+    pub served: Served,
+    /// Pages filled because of the recorded working set.
+    pub prefetched: u64,
+    /// Pages filled by the background copy.
+    pub copied: u64,
+    /// Pages that were there already, by what another handler did before or the VMM itself.
+    pub existing: u64,
+    /// Copies that a change of the address space sent back.
+    pub sent_back: u64,
+    /// Changes of the address space that were applied.
+    pub changes: u64,
+    /// Children that were served.
+    pub forks: u64,
+    /// Snapshot offsets of the pages that were asked for, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub recorded: Vec<u64>,
+}
+
+/// The table of a session.
+#[derive(Clone)]
+pub(crate) enum Table {
+    Tdp(PageStates),
+    Mutex(Arc<MutexTable>),
+}
+
+/// What the threads of a session share.
+pub(crate) struct Shared {
+    pub(crate) table: Table,
+    pub(crate) uffd: Uffd,
+    pub(crate) writes: Option<WriteLog>,
+    pub(crate) record: Option<Mutex<Vec<u64>>>,
+    source: Arc<dyn Source>,
+    /// Held by whoever reads where changes may be found, and until they are applied.
+    reading: Mutex<Vec<Message>>,
+    config: Config,
+    stop: EventFd,
+    /// Readable while faults are put aside.
+    more: EventFd,
+    stopping: AtomicBool,
+    failed: Mutex<Option<SessionError>>,
+    children: Mutex<Vec<Session>>,
+    changes: std::sync::atomic::AtomicU64,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> SessionError {
+    move |error| SessionError::System { what, error }
+}
+
+/// A running session.
+pub struct Session {
+    pub(crate) shared: Arc<Shared>,
+    workers: Vec<JoinHandle<Served>>,
+    helpers: Vec<JoinHandle<(u64, u64)>>,
+}
+
+impl Session {
+    /// Begins to serve a VMM.
+    ///
+    /// # Errors
+    ///
+    /// [`SessionError`].
+    pub fn start(
+        hello: Hello,
+        source: Arc<dyn Source>,
+        config: Config,
+    ) -> Result<Self, SessionError> {
+        let Hello {
+            regions,
+            uffd,
+            memory,
+        } = hello;
+        let clone = || uffd.try_clone().map_err(system("another descriptor"));
+        let tracked = regions.iter().any(|region| region.track_writes);
+        let table = match config.engine {
+            Engine::Mutex => Table::Mutex(Arc::new(MutexTable::new(
+                clone()?,
+                source.clone(),
+                &regions,
+            ))),
+            Engine::Tdp => {
+                let kernel = KernelTable::new(clone()?, source.clone(), memory, tracked)
+                    .map_err(system("what the descriptor can do"))?;
+                Table::Tdp(page_states(kernel, &regions).map_err(SessionError::Table)?)
+            }
+        };
+        let writes = match tracked {
+            true => Some(WriteLog::new(clone()?, &regions).map_err(SessionError::Table)?),
+            false => None,
+        };
+        for region in &regions {
+            // For those whose fault another handler had read.
+            let _ = uffd.wake(region.base_host_virt_addr, region.size);
+        }
+        let shared = Arc::new(Shared {
+            table,
+            uffd,
+            writes,
+            record: config.record.then(Mutex::default),
+            source,
+            reading: Mutex::default(),
+            stop: EventFd::new(EFD_NONBLOCK).map_err(system("an event"))?,
+            more: EventFd::new(EFD_NONBLOCK).map_err(system("an event"))?,
+            stopping: AtomicBool::new(false),
+            failed: Mutex::default(),
+            children: Mutex::default(),
+            changes: 0.into(),
+            config,
+        });
+        let mut session = Self {
+            shared: shared.clone(),
+            workers: Vec::new(),
+            helpers: Vec::new(),
+        };
+        // Dropped, on failure, it stops those that run.
+        for _ in 0..shared.config.workers.max(1) {
+            let mut worker = Worker::new(&shared)?;
+            session.workers.push(thread::spawn(move || worker.run()));
+        }
+        if let Table::Tdp(states) = &shared.table
+            && (shared.config.background || !shared.config.prefetch.is_empty())
+        {
+            let vcpu = states.vcpu()?;
+            let shared = shared.clone();
+            let helper = move || crate::background::run(&shared, vcpu);
+            session.helpers.push(thread::spawn(helper));
+        }
+        Ok(session)
+    }
+
+    /// Pages of 4 KiB that are filled, and how many there are. What was given up is among neither.
+    pub fn progress(&self) -> (u64, u64) {
+        self.shared.progress()
+    }
+
+    /// The log of writes, if the VMM has its regions tracked.
+    pub fn writes(&self) -> Option<&WriteLog> {
+        self.shared.writes.as_ref()
+    }
+
+    /// Waits until the VMM closes its connection, or the session fails.
+    pub fn wait(&self, stream: &UnixStream) {
+        let _ = stream.set_read_timeout(Some(std::time::Duration::from_millis(50)));
+        let mut byte = [0];
+        while !self.shared.is_stopping() {
+            match io::Read::read(&mut &*stream, &mut byte) {
+                Ok(0) => break,
+                // Nothing more is expected, and it does no harm.
+                Ok(_) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock
+                            | io::ErrorKind::TimedOut
+                            | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    /// Whether it is ending.
+    pub fn is_over(&self) -> bool {
+        self.shared.is_stopping()
+    }
+
+    /// Has its threads end, without waiting for them.
+    pub fn finish(&self) {
+        self.shared.stop();
+    }
+
+    /// Ends it and says what came of it.
+    ///
+    /// # Errors
+    ///
+    /// The first error of any of its threads.
+    pub fn stop(mut self) -> Result<Report, SessionError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<Report, SessionError> {
+        self.shared.stop();
+        let mut report = Report::default();
+        for worker in self.workers.drain(..) {
+            if let Ok(served) = worker.join() {
+                report.served.add(&served);
+            }
+        }
+        for helper in self.helpers.drain(..) {
+            if let Ok((prefetched, copied)) = helper.join() {
+                report.prefetched += prefetched;
+                report.copied += copied;
+            }
+        }
+        if let Table::Tdp(states) = &self.shared.table {
+            let counters = &tdp::Host::protected(states.host()).counters;
+            report.existing = counters.existing.load(Ordering::Relaxed);
+            report.sent_back = counters.sent_back.load(Ordering::Relaxed);
+        }
+        report.changes = self.shared.changes.load(Ordering::Relaxed);
+        if let Some(record) = &self.shared.record {
+            report.recorded = std::mem::take(&mut *lock(record));
+        }
+        let children = std::mem::take(&mut *lock(&self.shared.children));
+        for child in children {
+            report.forks += 1;
+            let served = match child.stop() {
+                Ok(report) => report.served,
+                // A child that has exited is nothing that went wrong.
+                Err(SessionError::Page {
+                    why: Refusal::Dead, ..
+                }) => Served::default(),
+                Err(error) => return Err(error),
+            };
+            report.served.add(&served);
+        }
+        match lock(&self.shared.failed).take() {
+            Some(error) => Err(error),
+            None => Ok(report),
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+impl Shared {
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn events(&self) -> [&EventFd; 2] {
+        [&self.stop, &self.more]
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let _ = self.stop.write(1);
+    }
+
+    /// Ends the session for this reason, unless there is an earlier one.
+    pub(crate) fn fail(&self, error: SessionError) {
+        lock(&self.failed).get_or_insert(error);
+        self.stop();
+    }
+
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        let Table::Tdp(states) = &self.table else {
+            return (0, 0);
+        };
+        let pages = states.stats().pages;
+        let filled = pages[0] + (pages[1] << 9) + (pages[2] << 18);
+        let slots = states.slots().list(SPACE);
+        let total = slots
+            .iter()
+            .map(|slot| states.private_frames(slot.gfns()))
+            .sum();
+        (filled, total)
+    }
+
+    /// What keeps copies from overtaking changes, if there are any.
+    fn gate(&self) -> Option<(&PageStates, &Gate)> {
+        let Table::Tdp(states) = &self.table else {
+            return None;
+        };
+        let gate = tdp::Host::protected(states.host()).gate.as_ref()?;
+        Some((states, gate))
+    }
+
+    /// Reads one message, or none if there is none. Changes are applied and not returned.
+    pub(crate) fn read(&self) -> Result<Option<Message>, SessionError> {
+        let mut raw = [Raw::default(); 1];
+        let Some((states, gate)) = self.gate() else {
+            let count = self.uffd.read(&mut raw).map_err(system("a message"))?;
+            return Ok((count > 0).then(|| raw[0].decode()));
+        };
+        let mut ahead = lock(&self.reading);
+        if ahead.is_empty() {
+            // One, so that there is something left for the other workers.
+            self.read_and_apply(states, gate, &mut ahead, 1)?;
+            return Ok(ahead.pop());
+        }
+        let message = ahead.pop();
+        if ahead.is_empty() {
+            let _ = self.more.read();
+        }
+        Ok(message)
+    }
+
+    /// Reads all there is: changes are applied, faults put aside.
+    pub(crate) fn drain(&self) -> Result<(), SessionError> {
+        if let Some((states, gate)) = self.gate() {
+            let mut ahead = lock(&self.reading);
+            while self.read_and_apply(states, gate, &mut ahead, ROUND)? {}
+            if !ahead.is_empty() {
+                let _ = self.more.write(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one round of messages while nothing is copied. `false` if there were none.
+    fn read_and_apply(
+        &self,
+        states: &PageStates,
+        gate: &Gate,
+        ahead: &mut Vec<Message>,
+        most: usize,
+    ) -> Result<bool, SessionError> {
+        let read = gate.shut(|| {
+            let mut raw = [Raw::default(); ROUND];
+            let room = raw.split_at_mut(most.min(ROUND)).0;
+            let messages: io::Result<Vec<Message>> = self
+                .uffd
+                .read(room)
+                .map(|count| raw.into_iter().take(count).map(Raw::decode).collect());
+            let changes = messages.iter().flatten();
+            let changes = changes
+                .filter(|message| changes::is_change(message))
+                .count();
+            (changes as u64, messages)
+        });
+        let messages = read.map_err(system("a message"))?;
+        let any = !messages.is_empty();
+        for message in messages {
+            if !changes::is_change(&message) {
+                ahead.push(message);
+                continue;
+            }
+            // Unapplied for ever, if it fails: the session ends then, and nothing is copied any more.
+            if let Some(writes) = &self.writes {
+                writes.note(&message)?;
+            }
+            if let Some((uffd, regions)) = changes::apply(states, message)? {
+                self.adopt(uffd, regions)?;
+            }
+            self.changes.fetch_add(1, Ordering::Relaxed);
+            gate.applied(1);
+        }
+        Ok(any)
+    }
+
+    /// Serves a child of the VMM.
+    fn adopt(&self, uffd: Uffd, regions: Vec<Region>) -> Result<(), SessionError> {
+        let hello = Hello {
+            regions,
+            uffd,
+            memory: None,
+        };
+        let config = Config {
+            prefetch: Vec::new(),
+            record: false,
+            background: false,
+            ..self.config.clone()
+        };
+        let child = Session::start(hello, self.source.clone(), config)?;
+        lock(&self.children).push(child);
+        Ok(())
+    }
+}

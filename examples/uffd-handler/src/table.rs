@@ -1,0 +1,298 @@
+//! The kernel's table as a protected table: only ioctls change it, one entry at a time.
+//!
+//! Protocol. A guest frame of the library is a page of the VMM's address space, its host frame a page of the snapshot. The
+//! entry is frozen for as long as its page is being filled: while the source is asked and the kernel copies. So each page is
+//! fetched once and copied once, whoever wants it: a fault, the working set, the background copy.
+//!
+//! Taking a page away is no call: the kernel has done it, or is about to, when it reports it. What must not happen is that a
+//! copy which set out before arrives after, and brings back what was given up. The kernel refuses copies from the moment
+//! when it queues a report until somebody reads it; from then on it is for this side to see to it:
+//!
+//! * whoever reads reports holds the [`Gate`] for writing, and counts those that are changes as *unapplied* before it lets
+//!   go; whoever copies holds it for reading, and turns back if any is unapplied;
+//! * a change is applied by the library's own means (`changes.rs`), which wait for every fault that began before: so a copy
+//!   that passed the gate belongs to a fault that knew of every change that was read before it.
+//!
+//! Where the VMM reports no changes, there is no gate.
+
+use crate::memory::{Kind, Memory};
+use crate::source::Source;
+use crate::sys::{Short, Uffd, features};
+use std::cell::Cell;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::{fs::File, io};
+use tdp::protected::{Capabilities, Content, Drained, Failure, Inspected};
+use tdp::{EntryPlace, FrozenEntry, Gfn, Level, Pfn, ProtectedTable};
+
+/// Pages that one call of the background copy fills: its entries are frozen meanwhile, and a fault on one of them waits.
+pub const RUN: usize = 16;
+
+/// Why the kernel's table was not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// A change of the address space has to be read, or applied, first.
+    Changing,
+    /// There is nothing registered: it is unmapped, and the report of it is on its way.
+    Gone,
+    /// The process is.
+    Dead,
+    /// The source failed.
+    Source(i32),
+    /// Any other error number.
+    Errno(i32),
+}
+
+thread_local! {
+    static REFUSAL: Cell<Option<Refusal>> = const { Cell::new(None) };
+}
+
+/// Why the last hook that this thread ran was refused.
+pub fn last_refusal() -> Option<Refusal> {
+    REFUSAL.take()
+}
+
+/// Keeps copies that set out before a change was read from arriving after it.
+#[derive(Debug, Default)]
+pub struct Gate {
+    lock: RwLock<()>,
+    unapplied: AtomicU64,
+}
+
+impl Gate {
+    /// Passes it, unless a change that was read has not been applied.
+    fn pass(&self) -> Result<RwLockReadGuard<'_, ()>, Refusal> {
+        let guard = self
+            .lock
+            .read()
+            .unwrap_or_else(|poison| poison.into_inner());
+        // Changed only under the lock's other half, or back to what lets pass.
+        match self.unapplied.load(Ordering::Acquire) {
+            0 => Ok(guard),
+            _ => Err(Refusal::Changing),
+        }
+    }
+
+    /// Runs `read` while nothing is copied. It returns how many changes it found, which are unapplied from then on.
+    pub fn shut<R>(&self, read: impl FnOnce() -> (u64, R)) -> R {
+        let _guard = self
+            .lock
+            .write()
+            .unwrap_or_else(|poison| poison.into_inner());
+        let (changes, result) = read();
+        self.unapplied.fetch_add(changes, Ordering::Release);
+        result
+    }
+
+    /// Notes that changes have been applied.
+    pub fn applied(&self, changes: u64) {
+        self.unapplied.fetch_sub(changes, Ordering::Release);
+    }
+}
+
+/// Counts of what is rare.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Pages that were there already: by another handler, before.
+    pub existing: AtomicU64,
+    /// Copies that a change of the address space sent back.
+    pub sent_back: AtomicU64,
+}
+
+/// The table that the kernel keeps for one VMM.
+pub struct KernelTable {
+    pub(crate) uffd: Uffd,
+    pub(crate) gate: Option<Gate>,
+    pub(crate) counters: Counters,
+    source: Arc<dyn Source>,
+    /// Guest memory's file, if pages are to be put there and mapped.
+    memory: Option<File>,
+    /// Whether pages come write-protected.
+    protect: bool,
+    /// Nothing is copied: for measuring what is left then.
+    pub(crate) idle: bool,
+}
+
+impl KernelTable {
+    /// The table behind a userfaultfd.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn new(
+        uffd: Uffd,
+        source: Arc<dyn Source>,
+        memory: Option<OwnedFd>,
+        protect: bool,
+    ) -> io::Result<Self> {
+        let gate = (uffd.features()? & features::CHANGES != 0).then(Gate::default);
+        Ok(Self {
+            uffd,
+            gate,
+            counters: Counters::default(),
+            source,
+            memory: memory.map(File::from),
+            protect,
+            idle: false,
+        })
+    }
+
+    /// Whether changes are being read or applied; to be kept for as long as nothing may change.
+    pub(crate) fn pass(&self) -> Result<Option<RwLockReadGuard<'_, ()>>, Refusal> {
+        self.gate.as_ref().map(Gate::pass).transpose()
+    }
+
+    /// Fills a page with zeroes. The caller has passed the gate.
+    pub(crate) fn zero(&self, to: u64, len: u64) -> Result<(), Refusal> {
+        if !self.protect && len == 4096 {
+            return self.settle(to, self.uffd.zero(to, len));
+        }
+        // The kernel has no call for these.
+        let zeroes = Memory::new(Kind::Anonymous, len)
+            .map_err(|error| Refusal::Errno(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        let done = self.uffd.copy(to, zeroes.address(), len, self.protect);
+        self.settle(to, done)
+    }
+
+    /// Takes for done what is there already.
+    fn settle(&self, to: u64, done: Result<(), Short>) -> Result<(), Refusal> {
+        match done {
+            Ok(()) => Ok(()),
+            Err(short) => self.fell_short(to, short),
+        }
+    }
+
+    #[cold]
+    fn fell_short(&self, to: u64, short: Short) -> Result<(), Refusal> {
+        match short.errno {
+            libc::EEXIST => {
+                self.counters.existing.fetch_add(1, Ordering::Relaxed);
+                // Whoever waits for it is not woken by a copy that was not made.
+                let _ = self.uffd.wake(to, 4096);
+                Ok(())
+            }
+            libc::EAGAIN => Err(Refusal::Changing),
+            libc::ENOENT | libc::EFAULT => Err(Refusal::Gone),
+            libc::ESRCH => Err(Refusal::Dead),
+            errno => Err(Refusal::Errno(errno)),
+        }
+    }
+
+    /// One ioctl.
+    #[inline]
+    fn put(&self, to: u64, offset: u64, source: u64, len: u64) -> Result<(), Short> {
+        if self.idle {
+            return Ok(());
+        }
+        let Some(memory) = &self.memory else {
+            return self.uffd.copy(to, source, len, self.protect);
+        };
+        crate::sys::write_at(memory, source, len, offset)
+            .map_err(|errno| Short { done: 0, errno })?;
+        self.uffd.map_cached(to, len, self.protect)
+    }
+
+    /// Asks the source and fills `len` bytes at `to`. What was filled before it fell short counts from the start.
+    #[inline]
+    fn fill(&self, to: u64, page: Pfn, len: u64) -> Result<Result<(), Short>, Refusal> {
+        let mut done = Ok(Ok(()));
+        let offset = page.address().0;
+        let asked = self.source.with(offset, len, &mut |source| {
+            done = self.pass().map(|_guard| self.put(to, offset, source, len));
+        });
+        match asked {
+            Ok(()) => done,
+            Err(error) => Err(Refusal::Source(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+
+    #[cold]
+    fn refuse(&self, refusal: Refusal) -> Failure {
+        if refusal == Refusal::Changing {
+            self.counters.sent_back.fetch_add(1, Ordering::Relaxed);
+        }
+        REFUSAL.set(Some(refusal));
+        match refusal {
+            Refusal::Dead => Failure::Fatal,
+            Refusal::Changing | Refusal::Gone => Failure::Refused(0),
+            Refusal::Source(errno) | Refusal::Errno(errno) => Failure::Refused(errno as u64),
+        }
+    }
+}
+
+/// Bytes of a leaf of a level.
+pub const fn bytes(level: Level) -> u64 {
+    level.pages() * 4096
+}
+
+impl ProtectedTable for KernelTable {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::none()
+            .range_ops()
+            .leaves(Level::L3, Level::L3)
+    }
+
+    #[inline]
+    fn install(&self, entry: &FrozenEntry<'_>, page: Pfn, _: Content) -> Result<(), Failure> {
+        let place = entry.place();
+        let to = place.gfn.address().0;
+        self.fill(to, page, bytes(place.level))
+            .and_then(|done| self.settle(to, done))
+            .map_err(|refusal| self.refuse(refusal))
+    }
+
+    fn install_many(
+        &self,
+        entries: &[FrozenEntry<'_>],
+        first: Pfn,
+        _: Content,
+    ) -> Result<(), Failure> {
+        let Some(entry) = entries.first() else {
+            return Ok(());
+        };
+        let to = entry.place().gfn.address().0;
+        let page = bytes(entry.place().level);
+        let count = entries.len().min(RUN);
+        let done = self
+            .fill(to, first, page * count as u64)
+            .map_err(|refusal| self.refuse(refusal))?;
+        let filled = match done {
+            Ok(()) => count,
+            // The kernel has stopped at a page that is there, or at a change; what comes before is filled.
+            Err(short) if short.done >= page => (short.done / page) as usize,
+            Err(short) => {
+                self.fell_short(to, short)
+                    .map_err(|refusal| self.refuse(refusal))?;
+                1
+            }
+        };
+        if filled == entries.len() {
+            Ok(())
+        } else {
+            Err(Failure::Partial(filled))
+        }
+    }
+
+    fn remove(&self, _: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
+        // The kernel's own doing.
+        Ok(())
+    }
+
+    fn inspect(&self, _: EntryPlace) -> Inspected {
+        // The kernel does not say what it holds of another process.
+        Inspected::Unreachable
+    }
+}
+
+/// The first page of an address.
+pub(crate) const fn frame(address: u64) -> Gfn {
+    Gfn(address >> 12)
+}
+
+/// The descriptor that events are waited for by.
+impl AsRawFd for KernelTable {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.uffd.as_raw_fd()
+    }
+}

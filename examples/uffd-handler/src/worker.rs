@@ -1,0 +1,289 @@
+//! A thread that resolves faults.
+//!
+//! Protocol. What a fault finds in the table says what is to be done:
+//!
+//! | the table | the worker |
+//! |---|---|
+//! | filled it | nothing: the copy has woken who waited |
+//! | had it already | wakes who asks, who may have asked before it came |
+//! | given up | zeroes |
+//! | no region | wakes: the thread will see for itself |
+//! | sent back by a change | reads and applies changes, then tries again |
+
+use crate::baseline::MutexTable;
+use crate::dirty::Writer;
+use crate::host::{PageStates, SPACE, UffdHost};
+use crate::session::{SessionError, Shared, Table, lock};
+use crate::sys::Message;
+use crate::table::{Refusal, bytes, frame, last_refusal};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use tdp::{Ept, Fault, Gpa, Host, MemoryFault, Outcome, Vcpu, Visibility};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// Faults by how they ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Served {
+    /// Filled from the source.
+    pub filled: u64,
+    /// Filled with zeroes, because they had been given up.
+    pub zeroed: u64,
+    /// There already when they were looked at.
+    pub spurious: u64,
+    /// Writes to protected pages.
+    pub writes: u64,
+    /// In no region.
+    pub strays: u64,
+    /// Looked at again: frozen by another thread for longer than it is worth waiting, or sent back by a change.
+    pub retries: u64,
+}
+
+impl Served {
+    pub(crate) fn add(&mut self, other: &Served) {
+        self.filled += other.filled;
+        self.zeroed += other.zeroed;
+        self.spurious += other.spurious;
+        self.writes += other.writes;
+        self.strays += other.strays;
+        self.retries += other.retries;
+    }
+}
+
+enum Engine {
+    Tdp(Box<Vcpu<Ept, UffdHost>>),
+    Mutex(Arc<MutexTable>),
+}
+
+/// A worker of a session.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    engine: Engine,
+    writer: Option<Writer>,
+    epoll: Epoll,
+    served: Served,
+    /// Whether it is worth to look for the next message without a wait: the last time that this was done there was one.
+    /// Where there is none, the look is a system call for nothing.
+    eager: bool,
+    /// Messages read since it was last tried.
+    since: u32,
+}
+
+/// After so many messages it is tried again.
+const TRY_AFTER: u32 = 8;
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> SessionError {
+    move |error| SessionError::System { what, error }
+}
+
+impl Worker {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, SessionError> {
+        let engine = match &shared.table {
+            Table::Tdp(states) => Engine::Tdp(Box::new(states.vcpu()?)),
+            Table::Mutex(table) => Engine::Mutex(table.clone()),
+        };
+        let epoll = Epoll::new().map_err(system("a poll"))?;
+        let [stop, more] = shared.events();
+        let one = EventSet::IN | EventSet::EXCLUSIVE;
+        let uffd = shared.uffd.as_raw_fd();
+        for (fd, events) in [
+            (uffd, one),
+            (more.as_raw_fd(), one),
+            (stop.as_raw_fd(), EventSet::IN),
+        ] {
+            epoll
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))
+                .map_err(system("a poll"))?;
+        }
+        let writer = shared.writes.as_ref().map(|log| log.writer()).transpose()?;
+        Ok(Self {
+            shared: shared.clone(),
+            engine,
+            writer,
+            epoll,
+            served: Served::default(),
+            eager: true,
+            since: 0,
+        })
+    }
+
+    pub(crate) fn run(&mut self) -> Served {
+        while !self.shared.is_stopping() {
+            if let Err(error) = self.step() {
+                self.shared.fail(error);
+            }
+        }
+        self.served
+    }
+
+    fn step(&mut self) -> Result<(), SessionError> {
+        if !self.eager {
+            self.wait()?;
+        }
+        let message = self.shared.read()?;
+        self.since += 1;
+        if message.is_none() || self.since == TRY_AFTER {
+            // If there was one, the next may be there as well; if not, it is to be waited for.
+            self.eager = message.is_some();
+            self.since = 0;
+        }
+        match message {
+            Some(Message::Fault {
+                address, protected, ..
+            }) => {
+                if protected {
+                    self.write(address)
+                } else {
+                    self.fill(address)
+                }
+            }
+            Some(Message::Unknown(kind)) => Err(SessionError::Message(kind)),
+            // Applied.
+            Some(_) => Ok(()),
+            None => Ok(()),
+        }
+    }
+
+    fn wait(&self) -> Result<(), SessionError> {
+        match self.epoll.wait(-1, &mut [EpollEvent::default()]) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                Err(system("a poll")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A thread waits for a page.
+    fn fill(&mut self, address: u64) -> Result<(), SessionError> {
+        let shared = self.shared.clone();
+        let states = match (&mut self.engine, &shared.table) {
+            (Engine::Mutex(table), _) => {
+                match table.fill(address) {
+                    Ok(true) => self.served.filled += 1,
+                    Ok(false) => self.spurious(address, 4096),
+                    Err(error) => return Err(system("a copy")(error)),
+                }
+                return Ok(());
+            }
+            (Engine::Tdp(_), Table::Tdp(states)) => states,
+            (Engine::Tdp(_), Table::Mutex(_)) => return Ok(()),
+        };
+        while !shared.is_stopping() {
+            let Engine::Tdp(vcpu) = &mut self.engine else {
+                break;
+            };
+            match vcpu.fault(Fault::read(Gpa(address)).private())? {
+                Outcome::Fixed { .. } => {
+                    self.served.filled += 1;
+                    self.record(states, address);
+                    return Ok(());
+                }
+                Outcome::Spurious => {
+                    let page = page_size(states, address).unwrap_or(4096);
+                    self.spurious(address, page);
+                    return Ok(());
+                }
+                Outcome::Retry(_) => self.served.retries += 1,
+                Outcome::MemoryFault(MemoryFault::IsShared) => match zero(states, address) {
+                    Ok(true) => {
+                        self.served.zeroed += 1;
+                        return Ok(());
+                    }
+                    Ok(false) => {}
+                    Err(why) => {
+                        if self.refused(address, why)? {
+                            return Ok(());
+                        }
+                    }
+                },
+                Outcome::MemoryFault(MemoryFault::Refused) => {
+                    let why = last_refusal().unwrap_or(Refusal::Errno(libc::EIO));
+                    if self.refused(address, why)? {
+                        return Ok(());
+                    }
+                }
+                _ => {
+                    self.stray(address);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be done about a refusal: `true` if there is nothing left to do for this fault.
+    fn refused(&mut self, address: u64, why: Refusal) -> Result<bool, SessionError> {
+        match why {
+            Refusal::Changing => {
+                self.served.retries += 1;
+                self.shared.drain()?;
+                Ok(false)
+            }
+            Refusal::Gone => {
+                self.shared.drain()?;
+                self.stray(address);
+                Ok(true)
+            }
+            why => Err(SessionError::Page { address, why }),
+        }
+    }
+
+    fn spurious(&mut self, address: u64, page: u64) {
+        self.served.spurious += 1;
+        let _ = self.shared.uffd.wake(address & !(page - 1), page);
+    }
+
+    fn stray(&mut self, address: u64) {
+        self.served.strays += 1;
+        let _ = self.shared.uffd.wake(address & !4095, 4096);
+    }
+
+    fn record(&self, states: &PageStates, address: u64) {
+        let Some(record) = &self.shared.record else {
+            return;
+        };
+        if let Some(slot) = states.slots().find(SPACE, frame(address)) {
+            let page = slot.backing().first.0 + slot.offset(frame(address));
+            lock(record).push(page << 12);
+        }
+    }
+
+    /// A thread waits to write to a protected page.
+    fn write(&mut self, address: u64) -> Result<(), SessionError> {
+        let Some(writer) = &mut self.writer else {
+            self.stray(address);
+            return Ok(());
+        };
+        while !self.shared.is_stopping() {
+            match writer.write(address)? {
+                Ok(()) => {
+                    self.served.writes += 1;
+                    return Ok(());
+                }
+                Err(why) => match why {
+                    Refusal::Changing => self.shared.drain()?,
+                    Refusal::Gone => return Ok(()),
+                    why => return Err(SessionError::Page { address, why }),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+fn page_size(states: &PageStates, address: u64) -> Option<u64> {
+    let slot = states.slots().find(SPACE, frame(address))?;
+    Some(bytes(slot.backing().level))
+}
+
+/// Fills a page that was given up. `false` if it is not one, by now.
+fn zero(states: &PageStates, address: u64) -> Result<bool, Refusal> {
+    let table = states.host().protected();
+    // Nothing changes while this is held, and what was read before has been applied.
+    let _guard = table.pass()?;
+    if states.visibility(frame(address)) != Some(Visibility::Shared) {
+        return Ok(false);
+    }
+    let page = page_size(states, address).ok_or(Refusal::Gone)?;
+    table.zero(address & !(page - 1), page).map(|()| true)
+}
