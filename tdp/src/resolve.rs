@@ -5,9 +5,9 @@
 //!
 //! * the **straight path** has all that in the vCPU's memo (`memo.rs`), is part of its caller's code, and makes a leaf of an
 //!   empty entry or leaves everything to the next;
-//! * the **fast path** walks where the memo has no table, and knows large leaves and spurious faults. It is one line that gives up, having changed nothing, at the first thing out of the
-//!   ordinary: another slot than last time, a missing table, an entry that is neither empty nor a leaf that permits the
-//!   access;
+//! * the **fast path** walks where the memo has no table, and knows large leaves and spurious faults. It gives up, having
+//!   changed nothing, at the first thing out of the ordinary: a missing table, a look-up that has to sleep, an entry that is
+//!   neither empty nor a leaf that permits the access or may be made to;
 //! * the **slow path** does all of it from the start, and everything else: waiting, splitting, look-ups that sleep,
 //!   answers other than *fixed*.
 //!
