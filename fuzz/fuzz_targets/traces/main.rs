@@ -19,6 +19,9 @@ mod report;
 #[allow(dead_code, reason = "the command line uses the rest")]
 #[path = "../../../benches/src/size.rs"]
 mod size;
+#[allow(dead_code, unreachable_pub, reason = "the command line uses the rest")]
+#[path = "../../../benches/src/sys.rs"]
+mod sys;
 #[path = "../../../benches/src/time.rs"]
 mod time;
 
