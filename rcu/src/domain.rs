@@ -189,7 +189,8 @@ impl<G: Send + 'static> Domain<G> {
         self.drive_until(attempts, |freed| freed > 0)
     }
 
-    /// Drives until nothing waits, at most `attempts` times with a growing wait between. Returns whether nothing waits.
+    /// Drives until nothing waits, at most `attempts` times, with a growing wait where one frees nothing. Returns
+    /// whether nothing waits.
     pub fn drain(&self, attempts: usize) -> bool {
         self.drive_until(attempts, |_| self.pending() == 0);
         self.pending() == 0
@@ -200,13 +201,20 @@ impl<G: Send + 'static> Domain<G> {
         // what that takes.
         let mut pause = Pause::new();
         let mut freed = 0;
-        for attempt in 0..attempts {
-            if attempt > 0 {
+        let mut stuck = false;
+        for _ in 0..attempts {
+            if stuck {
                 pause.wait();
             }
-            freed += self.drive();
+            let now = self.drive();
+            freed += now;
             if enough(freed) {
                 break;
+            }
+            // After progress nobody is known to be in the way of the rest: garbage of garbage, for example.
+            stuck = now == 0;
+            if !stuck {
+                pause = Pause::new();
             }
         }
         freed
