@@ -242,7 +242,7 @@ fn overhead(plan: &Plan, source: &Arc<dyn Source>) -> Result<Overhead> {
         let alone = (sys::thread_time() - start).as_nanos() as f64 / pages as f64;
 
         let regions = [Region::new(base, plan.memory, 0)];
-        let mut kernel = KernelTable::new(hello.uffd, source.clone(), None, false)?;
+        let mut kernel = KernelTable::new(hello.uffd, source.clone(), None, Vec::new())?;
         kernel.idle = true;
         let states = host::page_states(kernel, &regions)?;
         let mut vcpu = states.vcpu()?;

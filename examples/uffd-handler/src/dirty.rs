@@ -187,24 +187,14 @@ impl Writer {
             let _ = self.inside.enter();
             let outcome = self.vcpu.fault(Fault::write(Gpa(address)));
             let done = match outcome {
-                Ok(Outcome::Fixed { .. } | Outcome::Spurious) => {
-                    Some(self.uffd.protect(address & !4095, 4096, false))
-                }
-                _ => None,
+                Ok(Outcome::Retry(_)) | Err(_) => None,
+                // Also a page of a region that has no log: nobody asks what is written there.
+                Ok(_) => Some(self.uffd.protect(address & !4095, 4096, false)),
             };
             self.inside.exit();
-            match (outcome?, done) {
-                (_, Some(Ok(()))) => return Ok(Ok(())),
-                (_, Some(Err(short))) => {
-                    return Ok(Err(match short.errno {
-                        libc::EAGAIN => Refusal::Changing,
-                        libc::ENOENT => Refusal::Gone,
-                        libc::ESRCH => Refusal::Dead,
-                        errno => Refusal::Errno(errno),
-                    }));
-                }
-                (Outcome::Retry(_), None) => {}
-                _ => return Ok(Err(Refusal::Gone)),
+            let _ = outcome?;
+            if let Some(done) = done {
+                return Ok(done.map_err(Refusal::from));
             }
         }
     }

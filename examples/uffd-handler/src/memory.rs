@@ -187,6 +187,26 @@ impl Memory {
         Ok(())
     }
 
+    /// Unmaps the pages of a range of [`Kind::Shared`], which stay in its file.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `InvalidInput` for other memory, whose pages would be given up.
+    pub fn forget(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.file.is_none() || offset > self.len() || len > self.len() - offset {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        // SAFETY: inside the mapping, whose content does not change.
+        let done = unsafe {
+            let start = self.start.as_ptr().add(offset as usize);
+            libc::madvise(start.cast(), len as usize, libc::MADV_DONTNEED)
+        };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// Moves the whole mapping to another address.
     ///
     /// # Errors

@@ -18,9 +18,11 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+/// Most descriptors of a message.
+const DESCRIPTORS: usize = 2;
 /// Longest message.
 const LONGEST: usize = 1 << 20;
 /// How long a VMM may take to send all of it.
@@ -222,10 +224,24 @@ fn fault_of(region: &Region, snapshot: u64) -> Option<&'static str> {
 ///
 /// [`ProtocolError`].
 pub fn receive(stream: &UnixStream, snapshot: u64) -> Result<Hello, ProtocolError> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    receive_within(stream, snapshot, PATIENCE)
+}
+
+fn receive_within(
+    stream: &UnixStream,
+    snapshot: u64,
+    patience: Duration,
+) -> Result<Hello, ProtocolError> {
+    let begun = Instant::now();
     let mut text = Vec::new();
     let mut descriptors: Vec<OwnedFd> = Vec::new();
     let regions: Vec<Region> = loop {
+        // Of the whole message: who sends a byte now and then has no more time than who sends nothing.
+        let left = patience.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Err(ProtocolError::Incomplete(text.len()));
+        }
+        stream.set_read_timeout(Some(left))?;
         let mut part = [0u8; 4096];
         let mut arrived = [-1 as RawFd; 8];
         let mut slices = [libc::iovec {
@@ -243,6 +259,10 @@ pub fn receive(stream: &UnixStream, snapshot: u64) -> Result<Hello, ProtocolErro
             // SAFETY: the kernel has just made these descriptors for us.
             descriptors.push(unsafe { OwnedFd::from_raw_fd(fd) });
         }
+        // At once, because other VMs have to share what descriptors this process may have.
+        if descriptors.len() > DESCRIPTORS {
+            return Err(ProtocolError::Descriptors(descriptors.len()));
+        }
         if bytes == 0 {
             return Err(ProtocolError::Incomplete(text.len()));
         }
@@ -258,9 +278,6 @@ pub fn receive(stream: &UnixStream, snapshot: u64) -> Result<Hello, ProtocolErro
     };
     stream.set_read_timeout(None)?;
     let count = descriptors.len();
-    if !(1..=2).contains(&count) {
-        return Err(ProtocolError::Descriptors(count));
-    }
     let mut descriptors = descriptors.into_iter();
     let uffd = descriptors
         .next()
@@ -297,4 +314,39 @@ pub fn send(
 pub fn send_bytes(stream: &UnixStream, bytes: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
     let sent = stream.send_with_fds(&[bytes], descriptors)?;
     io::Write::write_all(&mut &*stream, bytes.get(sent..).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::thread;
+
+    #[test]
+    fn a_message_that_dribbles_has_no_more_time_than_one_that_stops() {
+        let (mut ours, theirs) = UnixStream::pair().expect("a connection");
+        let dribbling = thread::spawn(move || {
+            // Text that makes sense and has no end, until the other side hangs up.
+            let mut sent = 0;
+            let text = b"[{\"size\":".iter().chain([b' '; 5000].iter());
+            for &byte in text {
+                if ours.write_all(&[byte]).is_err() {
+                    break;
+                }
+                sent += 1;
+                thread::sleep(Duration::from_millis(2));
+            }
+            sent
+        });
+        let begun = Instant::now();
+        let answer = receive_within(&theirs, 1 << 20, Duration::from_millis(100));
+        let took = begun.elapsed();
+        drop(theirs);
+        let sent = dribbling.join().expect("a sender");
+        assert!(
+            matches!(answer, Err(ProtocolError::Incomplete(_))),
+            "{answer:?}"
+        );
+        assert!(sent < 5000, "it was listened to until it ended: {took:?}");
+    }
 }

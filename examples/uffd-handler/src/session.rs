@@ -59,6 +59,12 @@ pub enum SessionError {
     /// A change of the address space could not be followed.
     #[error(transparent)]
     Change(#[from] ChangeError),
+    /// A thread waits for what nobody can fill, and would for ever.
+    #[error("the fault at {0:#x} comes again and again: nothing is known of that address")]
+    Stray(u64),
+    /// A thread of the session panicked.
+    #[error("a thread of the handler panicked")]
+    Panicked,
     /// The kernel sent something that was not asked for.
     #[error("a message of unknown kind {0:#x}")]
     Message(u8),
@@ -191,7 +197,10 @@ impl Session {
             memory,
         } = hello;
         let clone = || uffd.try_clone().map_err(system("another descriptor"));
-        let tracked = regions.iter().any(|region| region.track_writes);
+        let tracked = regions.iter().filter(|region| region.track_writes);
+        let tracked = tracked.map(|region| region.base_host_virt_addr..region.end());
+        let protected: Vec<_> = tracked.collect();
+        let tracked = !protected.is_empty();
         let table = match config.engine {
             Engine::Mutex => Table::Mutex(Arc::new(MutexTable::new(
                 clone()?,
@@ -199,7 +208,7 @@ impl Session {
                 &regions,
             ))),
             Engine::Tdp => {
-                let kernel = KernelTable::new(clone()?, source.clone(), memory, tracked)
+                let kernel = KernelTable::new(clone()?, source.clone(), memory, protected)
                     .map_err(system("what the descriptor can do"))?;
                 Table::Tdp(page_states(kernel, &regions).map_err(SessionError::Table)?)
             }
@@ -235,14 +244,19 @@ impl Session {
         // Dropped, on failure, it stops those that run.
         for _ in 0..shared.config.workers.max(1) {
             let mut worker = Worker::new(&shared)?;
-            session.workers.push(thread::spawn(move || worker.run()));
+            let alarm = Alarm(shared.clone());
+            let run = move || {
+                let _alarm = alarm;
+                worker.run()
+            };
+            session.workers.push(thread::spawn(run));
         }
         if let Table::Tdp(states) = &shared.table
             && (shared.config.background || !shared.config.prefetch.is_empty())
         {
             let vcpu = states.vcpu()?;
-            let shared = shared.clone();
-            let helper = move || crate::background::run(&shared, vcpu);
+            let alarm = Alarm(shared.clone());
+            let helper = move || crate::background::run(&alarm.0, vcpu);
             session.helpers.push(thread::spawn(helper));
         }
         Ok(session)
@@ -324,19 +338,22 @@ impl Session {
         let children = std::mem::take(&mut *lock(&self.shared.children));
         for child in children {
             report.forks += 1;
-            let served = match child.stop() {
-                Ok(report) => report.served,
-                // A child that has exited is nothing that went wrong.
-                Err(SessionError::Page {
-                    why: Refusal::Dead, ..
-                }) => Served::default(),
-                Err(error) => return Err(error),
-            };
-            report.served.add(&served);
+            report.served.add(&child.stop()?.served);
         }
         match lock(&self.shared.failed).take() {
             Some(error) => Err(error),
             None => Ok(report),
+        }
+    }
+}
+
+/// Dropped by a thread that panics, it ends the session: with fewer threads, or none, the VM would hang.
+struct Alarm(Arc<Shared>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(SessionError::Panicked);
         }
     }
 }
@@ -365,9 +382,19 @@ impl Shared {
         let _ = self.stop.write(1);
     }
 
-    /// Ends the session for this reason, unless there is an earlier one.
+    /// Ends the session for this reason, unless there is an earlier one. That the VMM has ended is no failure: often its
+    /// pages go before its connection does.
     pub(crate) fn fail(&self, error: SessionError) {
-        lock(&self.failed).get_or_insert(error);
+        let over = matches!(
+            error,
+            SessionError::Page {
+                why: Refusal::Dead,
+                ..
+            }
+        );
+        if !over {
+            lock(&self.failed).get_or_insert(error);
+        }
         self.stop();
     }
 
@@ -459,6 +486,7 @@ impl Shared {
                 writes.note(&message)?;
             }
             if let Some((uffd, regions)) = changes::apply(states, message)? {
+                tdp::Host::protected(states.host()).share();
                 self.adopt(uffd, regions)?;
             }
             self.changes.fetch_add(1, Ordering::Relaxed);

@@ -19,8 +19,9 @@ use crate::memory::{Kind, Memory};
 use crate::source::Source;
 use crate::sys::{Short, Uffd, features};
 use std::cell::Cell;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use std::{fs::File, io};
 use tdp::protected::{Capabilities, Content, Drained, Failure, Inspected};
@@ -44,8 +45,29 @@ pub enum Refusal {
     Errno(i32),
 }
 
+impl From<Short> for Refusal {
+    fn from(short: Short) -> Self {
+        match short.errno {
+            libc::EAGAIN => Refusal::Changing,
+            libc::ENOENT => Refusal::Gone,
+            libc::ESRCH => Refusal::Dead,
+            errno => Refusal::Errno(errno),
+        }
+    }
+}
+
 thread_local! {
+    /// Whether the page that this thread is about to fill is in the file of guest memory already.
+    static CACHED: Cell<bool> = const { Cell::new(false) };
     static REFUSAL: Cell<Option<Refusal>> = const { Cell::new(None) };
+}
+
+/// Runs `fault`, which resolves a fault on a page that is in the file of guest memory already, or is not.
+pub(crate) fn knowing<R>(cached: bool, fault: impl FnOnce() -> R) -> R {
+    CACHED.set(cached);
+    let result = fault();
+    CACHED.set(false);
+    result
 }
 
 /// Why the last hook that this thread ran was refused.
@@ -108,8 +130,10 @@ pub struct KernelTable {
     source: Arc<dyn Source>,
     /// Guest memory's file, if pages are to be put there and mapped.
     memory: Option<File>,
-    /// Whether pages come write-protected.
-    protect: bool,
+    /// Whether a child shares that file and may put pages there as well.
+    shared: AtomicBool,
+    /// Addresses whose pages come write-protected. Such regions stay where they are.
+    protected: Vec<Range<u64>>,
     /// Nothing is copied: for measuring what is left then.
     pub(crate) idle: bool,
 }
@@ -124,7 +148,7 @@ impl KernelTable {
         uffd: Uffd,
         source: Arc<dyn Source>,
         memory: Option<OwnedFd>,
-        protect: bool,
+        protected: Vec<Range<u64>>,
     ) -> io::Result<Self> {
         let gate = (uffd.features()? & features::CHANGES != 0).then(Gate::default);
         Ok(Self {
@@ -133,9 +157,17 @@ impl KernelTable {
             counters: Counters::default(),
             source,
             memory: memory.map(File::from),
-            protect,
+            shared: AtomicBool::new(false),
+            protected,
             idle: false,
         })
+    }
+
+    /// Whether the page at an address comes write-protected.
+    #[inline]
+    fn protects(&self, address: u64) -> bool {
+        let mut ranges = self.protected.iter();
+        ranges.any(|range| range.contains(&address))
     }
 
     /// Whether changes are being read or applied; to be kept for as long as nothing may change.
@@ -145,38 +177,57 @@ impl KernelTable {
 
     /// Fills a page with zeroes. The caller has passed the gate.
     pub(crate) fn zero(&self, to: u64, len: u64) -> Result<(), Refusal> {
-        if !self.protect && len == 4096 {
-            return self.settle(to, self.uffd.zero(to, len));
+        if !self.protects(to) && len == 4096 {
+            return self.settle(to, len, self.uffd.zero(to, len));
         }
         // The kernel has no call for these.
         let zeroes = Memory::new(Kind::Anonymous, len)
             .map_err(|error| Refusal::Errno(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
-        let done = self.uffd.copy(to, zeroes.address(), len, self.protect);
-        self.settle(to, done)
+        let done = self.uffd.copy(to, zeroes.address(), len, self.protects(to));
+        self.settle(to, len, done)
+    }
+
+    /// Maps a page that is in the file of guest memory and was filled before. `false` if it is not there by now. The caller
+    /// has passed the gate.
+    pub(crate) fn map(&self, to: u64, len: u64) -> Result<bool, Refusal> {
+        match self.uffd.map_cached(to, len, self.protects(to)) {
+            Ok(()) => Ok(true),
+            Err(short) if short.errno == libc::EEXIST => {
+                let _ = self.uffd.wake(to, len);
+                Ok(true)
+            }
+            Err(short) if short.errno == libc::EFAULT => Ok(false),
+            Err(short) => Err(short.into()),
+        }
+    }
+
+    /// The VMM has forked. Guest memory that is a file is the child's too, so pages that are put there must not be put over
+    /// what the child has put there before: from now on they come by a copy, which the kernel refuses then.
+    pub(crate) fn share(&self) {
+        self.shared.store(true, Ordering::Release);
     }
 
     /// Takes for done what is there already.
-    fn settle(&self, to: u64, done: Result<(), Short>) -> Result<(), Refusal> {
+    fn settle(&self, to: u64, page: u64, done: Result<(), Short>) -> Result<(), Refusal> {
         match done {
             Ok(()) => Ok(()),
-            Err(short) => self.fell_short(to, short),
+            Err(short) => self.fell_short(to, page, short),
         }
     }
 
     #[cold]
-    fn fell_short(&self, to: u64, short: Short) -> Result<(), Refusal> {
-        match short.errno {
-            libc::EEXIST => {
-                self.counters.existing.fetch_add(1, Ordering::Relaxed);
-                // Whoever waits for it is not woken by a copy that was not made.
-                let _ = self.uffd.wake(to, 4096);
-                Ok(())
-            }
-            libc::EAGAIN => Err(Refusal::Changing),
-            libc::ENOENT | libc::EFAULT => Err(Refusal::Gone),
-            libc::ESRCH => Err(Refusal::Dead),
-            errno => Err(Refusal::Errno(errno)),
+    fn fell_short(&self, to: u64, page: u64, short: Short) -> Result<(), Refusal> {
+        if short.errno != libc::EEXIST {
+            return Err(short.into());
         }
+        if self.memory.is_some() && self.uffd.map_cached(to, page, self.protects(to)).is_ok() {
+            // It was in the file, and not mapped.
+            return Ok(());
+        }
+        self.counters.existing.fetch_add(1, Ordering::Relaxed);
+        // Whoever waits for it is not woken by a copy that was not made.
+        let _ = self.uffd.wake(to, page);
+        Ok(())
     }
 
     /// One ioctl.
@@ -186,11 +237,21 @@ impl KernelTable {
             return Ok(());
         }
         let Some(memory) = &self.memory else {
-            return self.uffd.copy(to, source, len, self.protect);
+            return self.uffd.copy(to, source, len, self.protects(to));
         };
+        if CACHED.get() {
+            match self.uffd.map_cached(to, len, self.protects(to)) {
+                // It has gone meanwhile.
+                Err(short) if short.errno == libc::EFAULT => {}
+                done => return done,
+            }
+        }
+        if self.shared.load(Ordering::Acquire) {
+            return self.uffd.copy(to, source, len, self.protects(to));
+        }
         crate::sys::write_at(memory, source, len, offset)
             .map_err(|errno| Short { done: 0, errno })?;
-        self.uffd.map_cached(to, len, self.protect)
+        self.uffd.map_cached(to, len, self.protects(to))
     }
 
     /// Asks the source and fills `len` bytes at `to`. What was filled before it fell short counts from the start.
@@ -213,8 +274,9 @@ impl KernelTable {
             self.counters.sent_back.fetch_add(1, Ordering::Relaxed);
         }
         REFUSAL.set(Some(refusal));
+        // The death of the process too: each thread is to learn of it, and not from another that the guest is lost.
         match refusal {
-            Refusal::Dead => Failure::Fatal,
+            Refusal::Dead => Failure::Refused(libc::ESRCH as u64),
             Refusal::Changing | Refusal::Gone => Failure::Refused(0),
             Refusal::Source(errno) | Refusal::Errno(errno) => Failure::Refused(errno as u64),
         }
@@ -237,8 +299,9 @@ impl ProtectedTable for KernelTable {
     fn install(&self, entry: &FrozenEntry<'_>, page: Pfn, _: Content) -> Result<(), Failure> {
         let place = entry.place();
         let to = place.gfn.address().0;
-        self.fill(to, page, bytes(place.level))
-            .and_then(|done| self.settle(to, done))
+        let len = bytes(place.level);
+        self.fill(to, page, len)
+            .and_then(|done| self.settle(to, len, done))
             .map_err(|refusal| self.refuse(refusal))
     }
 
@@ -262,7 +325,7 @@ impl ProtectedTable for KernelTable {
             // The kernel has stopped at a page that is there, or at a change; what comes before is filled.
             Err(short) if short.done >= page => (short.done / page) as usize,
             Err(short) => {
-                self.fell_short(to, short)
+                self.fell_short(to, page, short)
                     .map_err(|refusal| self.refuse(refusal))?;
                 1
             }

@@ -5,9 +5,9 @@
 //! | the table | the worker |
 //! |---|---|
 //! | filled it | nothing: the copy has woken who waited |
-//! | had it already | wakes who asks, who may have asked before it came |
-//! | given up | zeroes |
-//! | no region | wakes: the thread will see for itself |
+//! | had it already | wakes who asks, who may have asked before it came; maps it, if it is in the file and not mapped |
+//! | given up | zeroes, unless something is in the file |
+//! | no region | wakes: the thread will see for itself; if it comes again and again, the session ends |
 //! | sent back by a change | reads and applies changes, then tries again |
 
 use crate::baseline::MutexTable;
@@ -15,7 +15,7 @@ use crate::dirty::Writer;
 use crate::host::{PageStates, SPACE, UffdHost};
 use crate::session::{SessionError, Shared, Table, lock};
 use crate::sys::Message;
-use crate::table::{Refusal, bytes, frame, last_refusal};
+use crate::table::{Refusal, bytes, frame, knowing, last_refusal};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -27,6 +27,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub struct Served {
     /// Filled from the source.
     pub filled: u64,
+    /// In the file of guest memory already, and mapped.
+    pub mapped: u64,
     /// Filled with zeroes, because they had been given up.
     pub zeroed: u64,
     /// There already when they were looked at.
@@ -42,6 +44,7 @@ pub struct Served {
 impl Served {
     pub(crate) fn add(&mut self, other: &Served) {
         self.filled += other.filled;
+        self.mapped += other.mapped;
         self.zeroed += other.zeroed;
         self.spurious += other.spurious;
         self.writes += other.writes;
@@ -67,7 +70,12 @@ pub(crate) struct Worker {
     eager: bool,
     /// Messages read since it was last tried.
     since: u32,
+    /// The last page about which nothing could be done, and how often in a row.
+    stray: (u64, u32),
 }
+
+/// Faults in a row on a page of which nothing is known. One that is being unmapped is reported a few times.
+const STRAYS: u32 = 1000;
 
 /// After so many messages it is tried again.
 const TRY_AFTER: u32 = 8;
@@ -104,6 +112,7 @@ impl Worker {
             served: Served::default(),
             eager: true,
             since: 0,
+            stray: (0, 0),
         })
     }
 
@@ -129,14 +138,11 @@ impl Worker {
         }
         match message {
             Some(Message::Fault {
-                address, protected, ..
-            }) => {
-                if protected {
-                    self.write(address)
-                } else {
-                    self.fill(address)
-                }
-            }
+                address,
+                protected: true,
+                ..
+            }) => self.write(address),
+            Some(Message::Fault { address, minor, .. }) => self.fill(address, minor),
             Some(Message::Unknown(kind)) => Err(SessionError::Message(kind)),
             // Applied.
             Some(_) => Ok(()),
@@ -153,8 +159,8 @@ impl Worker {
         }
     }
 
-    /// A thread waits for a page.
-    fn fill(&mut self, address: u64) -> Result<(), SessionError> {
+    /// A thread waits for a page, which is in the file of guest memory or is not.
+    fn fill(&mut self, address: u64, cached: bool) -> Result<(), SessionError> {
         let shared = self.shared.clone();
         let states = match (&mut self.engine, &shared.table) {
             (Engine::Mutex(table), _) => {
@@ -172,7 +178,8 @@ impl Worker {
             let Engine::Tdp(vcpu) = &mut self.engine else {
                 break;
             };
-            match vcpu.fault(Fault::read(Gpa(address)).private())? {
+            let fault = Fault::read(Gpa(address)).private();
+            match knowing(cached, || vcpu.fault(fault))? {
                 Outcome::Fixed { .. } => {
                     self.served.filled += 1;
                     self.record(states, address);
@@ -180,32 +187,51 @@ impl Worker {
                 }
                 Outcome::Spurious => {
                     let page = page_size(states, address).unwrap_or(4096);
-                    self.spurious(address, page);
-                    return Ok(());
-                }
-                Outcome::Retry(_) => self.served.retries += 1,
-                Outcome::MemoryFault(MemoryFault::IsShared) => match zero(states, address) {
-                    Ok(true) => {
-                        self.served.zeroed += 1;
+                    if !cached {
+                        self.spurious(address, page);
                         return Ok(());
                     }
-                    Ok(false) => {}
-                    Err(why) => {
-                        if self.refused(address, why)? {
+                    let (table, to) = (states.host().protected(), address & !(page - 1));
+                    match table.pass().and_then(|_guard| table.map(to, page)) {
+                        Ok(true) => {
+                            self.served.mapped += 1;
                             return Ok(());
                         }
+                        // Given up, of which the report is on its way.
+                        Ok(false) => {
+                            self.shared.drain()?;
+                            return self.stray(address);
+                        }
+                        Err(why) => {
+                            if self.refused(address, why)? {
+                                return Ok(());
+                            }
+                        }
                     }
-                },
+                }
+                Outcome::Retry(_) => self.served.retries += 1,
+                Outcome::MemoryFault(MemoryFault::IsShared) => {
+                    match zero(states, address, cached) {
+                        Ok(Some(zeroed)) => {
+                            self.served.zeroed += u64::from(zeroed);
+                            self.served.mapped += u64::from(!zeroed);
+                            return Ok(());
+                        }
+                        Ok(None) => {}
+                        Err(why) => {
+                            if self.refused(address, why)? {
+                                return Ok(());
+                            }
+                        }
+                    }
+                }
                 Outcome::MemoryFault(MemoryFault::Refused) => {
                     let why = last_refusal().unwrap_or(Refusal::Errno(libc::EIO));
                     if self.refused(address, why)? {
                         return Ok(());
                     }
                 }
-                _ => {
-                    self.stray(address);
-                    return Ok(());
-                }
+                _ => return self.stray(address),
             }
         }
         Ok(())
@@ -221,8 +247,7 @@ impl Worker {
             }
             Refusal::Gone => {
                 self.shared.drain()?;
-                self.stray(address);
-                Ok(true)
+                self.stray(address).map(|()| true)
             }
             why => Err(SessionError::Page { address, why }),
         }
@@ -233,9 +258,18 @@ impl Worker {
         let _ = self.shared.uffd.wake(address & !(page - 1), page);
     }
 
-    fn stray(&mut self, address: u64) {
+    fn stray(&mut self, address: u64) -> Result<(), SessionError> {
         self.served.strays += 1;
-        let _ = self.shared.uffd.wake(address & !4095, 4096);
+        let page = address & !4095;
+        self.stray = match self.stray {
+            (last, times) if last == page => (page, times + 1),
+            _ => (page, 1),
+        };
+        if self.stray.1 > STRAYS {
+            return Err(SessionError::Stray(address));
+        }
+        let _ = self.shared.uffd.wake(page, 4096);
+        Ok(())
     }
 
     fn record(&self, states: &PageStates, address: u64) {
@@ -250,19 +284,23 @@ impl Worker {
 
     /// A thread waits to write to a protected page.
     fn write(&mut self, address: u64) -> Result<(), SessionError> {
-        let Some(writer) = &mut self.writer else {
-            self.stray(address);
-            return Ok(());
-        };
         while !self.shared.is_stopping() {
-            match writer.write(address)? {
+            let done = match &mut self.writer {
+                Some(writer) => writer.write(address)?,
+                // A child's pages are as protected as its parent's, and nobody asks what it writes.
+                None => {
+                    let done = self.shared.uffd.protect(address & !4095, 4096, false);
+                    done.map_err(Refusal::from)
+                }
+            };
+            match done {
                 Ok(()) => {
                     self.served.writes += 1;
                     return Ok(());
                 }
                 Err(why) => match why {
                     Refusal::Changing => self.shared.drain()?,
-                    Refusal::Gone => return Ok(()),
+                    Refusal::Gone => return self.stray(address),
                     why => return Err(SessionError::Page { address, why }),
                 },
             }
@@ -276,14 +314,19 @@ fn page_size(states: &PageStates, address: u64) -> Option<u64> {
     Some(bytes(slot.backing().level))
 }
 
-/// Fills a page that was given up. `false` if it is not one, by now.
-fn zero(states: &PageStates, address: u64) -> Result<bool, Refusal> {
+/// Fills a page that was given up, or maps what the file has there since: `Some(false)`. `None` if it is not such a page, by
+/// now.
+fn zero(states: &PageStates, address: u64, cached: bool) -> Result<Option<bool>, Refusal> {
     let table = states.host().protected();
     // Nothing changes while this is held, and what was read before has been applied.
     let _guard = table.pass()?;
     if states.visibility(frame(address)) != Some(Visibility::Shared) {
-        return Ok(false);
+        return Ok(None);
     }
     let page = page_size(states, address).ok_or(Refusal::Gone)?;
-    table.zero(address & !(page - 1), page).map(|()| true)
+    let to = address & !(page - 1);
+    if cached && table.map(to, page)? {
+        return Ok(Some(false));
+    }
+    table.zero(to, page).map(|()| Some(true))
 }

@@ -4,20 +4,28 @@ mod common;
 
 use common::{MIB, shape, skipped};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 use uffd_handler::memory::{Kind, word};
 use uffd_handler::protocol::{self, Extent, Region};
 use uffd_handler::sys::{Uffd, features};
-use uffd_handler::vmm::Vmm;
+use uffd_handler::vmm::{Shape, Vmm};
 
 const LEN: u64 = 8 * MIB;
+
+/// Held by a test that forks: all memory of this process that a handler serves is the child's as well.
+static FORKING: Mutex<()> = Mutex::new(());
+
+fn forking() -> MutexGuard<'static, ()> {
+    FORKING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A running handler; ended when it is dropped.
 struct Handler {
@@ -121,6 +129,11 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
         (one.clone(), vec![bad], "is no userfaultfd"),
         (
             one.clone(),
+            vec![good, bad, bad],
+            "3 descriptors came with the message",
+        ),
+        (
+            "[".into(),
             vec![good, bad, bad],
             "3 descriptors came with the message",
         ),
@@ -336,6 +349,7 @@ fn a_child_of_the_vmm_is_served_as_well() {
     }
     // The handler is another process: whoever forks holds locks of its own, the allocator's among them, until the report of
     // it has been read.
+    let _alone = forking();
     let snapshot = SnapshotFile::new("forked");
     let handler = Handler::start("forked", &snapshot.0, &["--once"]);
     let vmm = match Vmm::new(shape(
@@ -370,4 +384,87 @@ fn a_child_of_the_vmm_is_served_as_well() {
     assert!(success, "{err}");
     let report: serde_json::Value = serde_json::from_str(&out).expect("a report");
     assert_eq!(report["forks"], 1, "{out}");
+}
+
+#[test]
+fn a_child_may_write_to_what_is_protected_for_its_parents_log() {
+    if skipped("a_child_may_write_to_what_is_protected_for_its_parents_log") {
+        return;
+    }
+    let _alone = forking();
+    let snapshot = SnapshotFile::new("protected");
+    let handler = Handler::start("protected", &snapshot.0, &["--once"]);
+    let vmm = match Vmm::new(Shape {
+        track_writes: true,
+        ..shape(Kind::Anonymous, LEN, features::FORK | features::WP)
+    }) {
+        Ok(vmm) => vmm,
+        Err(why) => {
+            eprintln!("SKIPPED a_child_may_write_to_what_is_protected: no reports of forks: {why}");
+            return;
+        }
+    };
+    let stream = handler.connect();
+    vmm.introduce(&stream).expect("a message");
+    assert_eq!(vmm.wrong_words(0, MIB), 0);
+    let written = common::in_a_child(|| {
+        vmm.memory().store(0, 99);
+        vmm.memory().store(2 * MIB, 98);
+        vmm.memory().load(0) == 99 && vmm.memory().load(2 * MIB) == 98
+    });
+    assert!(written, "the child could not write");
+    vmm.memory().store(8, 97);
+    assert_eq!(vmm.memory().load(0), word(0, 0));
+    drop(stream);
+    let (success, out, err) = handler.said();
+    assert!(success, "{err}");
+    assert!(out.contains("\"forks\":1"), "{out}");
+}
+
+/// The VMM of [`a_vmm_that_is_killed_is_no_failure_of_its_handler`]: introduces itself and is not heard of again.
+#[test]
+#[ignore = "is a part of another test, in a process of its own"]
+fn a_vmm_that_waits() {
+    let Some(socket) = std::env::var_os("VMM_SOCKET") else {
+        return;
+    };
+    let vmm = Vmm::new(shape(Kind::Anonymous, LEN, 0)).expect("a VMM");
+    let stream = UnixStream::connect(socket).expect("a handler");
+    vmm.introduce(&stream).expect("a message");
+    // It is served: the rest of its memory is on its way.
+    assert_eq!(vmm.memory().load(0), word(0, 0));
+    println!("introduced");
+    thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn a_vmm_that_is_killed_is_no_failure_of_its_handler() {
+    if skipped("a_vmm_that_is_killed_is_no_failure_of_its_handler") {
+        return;
+    }
+    let snapshot = SnapshotFile::new("dead");
+    // In the middle of its background copy, which notices before the connection is closed.
+    for _ in 0..5 {
+        let options = ["--once", "--background", "--delay", "100"];
+        let handler = Handler::start("dead", &snapshot.0, &options);
+        // So that it listens.
+        while !handler.socket.exists() {
+            thread::sleep(Duration::from_millis(2));
+        }
+        let mut vmm = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--ignored", "--exact", "a_vmm_that_waits", "--nocapture"])
+            .env("VMM_SOCKET", &handler.socket)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a VMM");
+        let said = vmm.stdout.take().expect("its output");
+        let said = BufReader::new(said).lines().map_while(Result::ok);
+        let introduced = said.into_iter().any(|line| line.contains("introduced"));
+        assert!(introduced, "the VMM was not served");
+        vmm.kill().expect("its death");
+        vmm.wait().expect("its end");
+        let (success, _, err) = handler.said();
+        assert!(success, "{err}");
+    }
 }

@@ -1,0 +1,191 @@
+//! What few VMMs do, and what goes wrong: no thread of a guest waits for ever, and a session that cannot go on says why.
+
+mod common;
+
+use common::{MIB, serve, shape, skipped, source};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+use uffd_handler::memory::{Kind, word};
+use uffd_handler::source::{Snapshot, Source};
+use uffd_handler::sys::features;
+use uffd_handler::vmm::{Shape, Vmm};
+use uffd_handler::{Config, Session};
+
+/// Longer than any wait that ends.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a guest finds in a thread of its own, which is left alone if it waits for ever.
+fn guest<R: Send + 'static>(
+    vmm: &Arc<Vmm>,
+    doing: impl FnOnce(&Vmm) -> R + Send + 'static,
+) -> Option<R> {
+    let (sender, receiver) = mpsc::channel();
+    let vmm = vmm.clone();
+    thread::spawn(move || sender.send(doing(&vmm)));
+    receiver.recv_timeout(PATIENCE).ok()
+}
+
+/// Waits for the end of a session that cannot go on; its reason.
+fn reason(session: Session) -> String {
+    let begun = Instant::now();
+    while !session.is_over() {
+        assert!(begun.elapsed() < PATIENCE, "it goes on");
+        thread::sleep(Duration::from_millis(1));
+    }
+    match session.stop() {
+        Ok(report) => panic!("all was well: {report:?}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn by_file(features: u64) -> Shape {
+    Shape {
+        by_file: true,
+        ..shape(Kind::Shared, 4 * MIB, features::MINOR_SHMEM | features)
+    }
+}
+
+#[test]
+fn a_page_that_is_in_the_file_is_mapped_and_not_filled_again() {
+    if skipped("a_page_that_is_in_the_file_is_mapped_and_not_filled_again") {
+        return;
+    }
+    for more in [0, features::REMOVE] {
+        let shape = by_file(more);
+        let source = source(shape.len);
+        let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+        // Put there by the VMM itself, before anybody asked.
+        let file = vmm.memory().file().expect("a file").try_clone();
+        let file = File::from(file.expect("a descriptor"));
+        file.write_all_at(&77u64.to_ne_bytes(), MIB)
+            .expect("a word");
+        let session = serve(&vmm, &source, Config::default());
+        assert_eq!(guest(&vmm, |vmm| vmm.memory().load(MIB)), Some(77));
+
+        // Filled, changed, no longer mapped, given up, changed again, no longer mapped.
+        assert_eq!(guest(&vmm, |vmm| vmm.memory().load(8)), Some(word(8, 0)));
+        vmm.memory().store(8, 5);
+        vmm.memory().forget(0, 4096).expect("the system");
+        assert_eq!(guest(&vmm, |vmm| vmm.memory().load(8)), Some(5));
+        if more == features::REMOVE {
+            vmm.memory().give_up(0, 4096).expect("a removal");
+            assert_eq!(guest(&vmm, |vmm| vmm.memory().load(8)), Some(0));
+        }
+        vmm.memory().store(16, 6);
+        vmm.memory().forget(0, 4096).expect("the system");
+        assert_eq!(guest(&vmm, |vmm| vmm.memory().load(16)), Some(6));
+        let report = session.stop().expect("a report");
+        assert!(report.served.mapped >= 2, "{report:?}");
+        assert_eq!(report.existing, 0, "{report:?}");
+    }
+}
+
+#[test]
+fn a_region_without_a_log_can_lie_beside_one_that_has_one() {
+    if skipped("a_region_without_a_log_can_lie_beside_one_that_has_one") {
+        return;
+    }
+    let shape = Shape {
+        track_writes: true,
+        features: features::WP,
+        ..Shape::new(Kind::Anonymous, 4 * MIB)
+    };
+    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let mut hello = vmm.hello().expect("a hello");
+    hello.regions[1].track_writes = false;
+    let second = hello.regions[0].size;
+    let session = Session::start(hello, source(shape.len), Config::default()).expect("a session");
+    for at in [0, second] {
+        let stored = guest(&vmm, move |vmm| {
+            let before = vmm.memory().load(at);
+            vmm.memory().store(at, 1);
+            before
+        });
+        assert_eq!(stored, Some(word(at, 0)));
+    }
+    let mut written = Vec::new();
+    let log = session.writes().expect("a log");
+    log.collect(|address| written.push(address - vmm.memory().address()))
+        .expect("a collection");
+    assert_eq!(written, [0]);
+    session.stop().expect("a report");
+}
+
+#[test]
+fn a_fault_where_nothing_was_said_to_be_ends_the_session() {
+    if skipped("a_fault_where_nothing_was_said_to_be_ends_the_session") {
+        return;
+    }
+    let shape = Shape::new(Kind::Anonymous, 4 * MIB);
+    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let mut hello = vmm.hello().expect("a hello");
+    let silent = hello.regions.pop().expect("two regions").offset;
+    let session = Session::start(hello, source(shape.len), Config::default()).expect("a session");
+    let there = vmm.clone();
+    thread::spawn(move || there.memory().load(silent));
+    let reason = reason(session);
+    assert!(reason.contains("nothing is known"), "{reason}");
+}
+
+/// A source that does not do what it should.
+struct Broken(Arc<dyn Source>);
+
+impl Source for Broken {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn with(&self, _: u64, _: u64, _: &mut dyn FnMut(u64)) -> io::Result<()> {
+        panic!("this source is broken");
+    }
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_session() {
+    if skipped("a_thread_that_panics_ends_the_session") {
+        return;
+    }
+    for background in [false, true] {
+        let shape = Shape::new(Kind::Anonymous, MIB);
+        let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+        let source: Arc<dyn Source> = Arc::new(Broken(source(shape.len)));
+        let config = Config {
+            background,
+            ..Config::default()
+        };
+        let session = serve(&vmm, &source, config);
+        if !background {
+            let there = vmm.clone();
+            thread::spawn(move || there.memory().load(0));
+        }
+        let reason = reason(session);
+        assert!(reason.contains("panicked"), "{reason}");
+    }
+}
+
+#[test]
+fn a_snapshot_that_was_cut_off_ends_the_session() {
+    if skipped("a_snapshot_that_was_cut_off_ends_the_session") {
+        return;
+    }
+    let shape = Shape::new(Kind::Anonymous, MIB);
+    let name = format!("{}-cut.mem", std::process::id());
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let file = File::create(&path).expect("a file");
+    file.set_len(shape.len).expect("its length");
+    let snapshot = Snapshot::open(&path).expect("a snapshot");
+    let _ = std::fs::remove_file(&path);
+    let source: Arc<dyn Source> = Arc::new(snapshot);
+    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let session = serve(&vmm, &source, Config::default());
+    assert_eq!(guest(&vmm, |vmm| vmm.memory().load(0)), Some(0));
+    file.set_len(4096).expect("its length");
+    let there = vmm.clone();
+    thread::spawn(move || there.memory().load(8192));
+    let reason = reason(session);
+    assert!(reason.contains("could not be filled"), "{reason}");
+}
