@@ -20,7 +20,7 @@ use ax_memory_addr::{PhysAddr, VirtAddr};
 use axaddrspace::{AddrSpaceError, AddrSpaceResult, MappingFlags, NestedPageTableOps, PageSize};
 use axvm_types::GuestPhysAddr;
 use tdp::{
-    Access, AddressSpaceId, Format, Gfn, GfnRange, Gpa, Host, Hpa, Leaf, Level, Mapping,
+    Access, AddressSpaceId, Format, Gfn, GfnRange, Gpa, Host, Hpa, Leaf, LeafAttrs, Level, Mapping,
     MemoryType, Mmu, MmuError, Outcome, PAGE_SIZE, Perms, Vcpu,
 };
 
@@ -192,11 +192,27 @@ fn decode(flags: MappingFlags) -> AddrSpaceResult<(Perms, MemoryType, Access)> {
     Ok((perms, memory_type, access))
 }
 
-fn flags_of(leaf: &Leaf) -> MappingFlags {
+/// Whether a leaf maps memory that is not cached. Entries say so in other bits by format and level, so it is compared with
+/// what the library writes for either kind.
+fn is_uncacheable<F: Format>(leaf: &Leaf) -> bool {
+    let like = |memory_type| {
+        let attrs = LeafAttrs {
+            memory_type,
+            ..LeafAttrs::memory(Perms::READ)
+        };
+        F::leaf(tdp::Pfn(0), leaf.level, attrs).0
+    };
+    let uncacheable = like(MemoryType::Uncacheable);
+    let bits = uncacheable ^ like(MemoryType::WriteBack);
+    (leaf.spte.0 ^ uncacheable) & bits == 0
+}
+
+fn flags_of<F: Format>(leaf: &Leaf) -> MappingFlags {
     let mut flags = MappingFlags::empty();
     flags.set(MappingFlags::READ, leaf.perms.contains(Perms::READ));
     flags.set(MappingFlags::WRITE, leaf.perms.contains(Perms::WRITE));
     flags.set(MappingFlags::EXECUTE, leaf.perms.contains(Perms::EXEC));
+    flags.set(MappingFlags::DEVICE, is_uncacheable::<F>(leaf));
     flags
 }
 
@@ -296,7 +312,7 @@ impl<F: Format, H: Host, M: GuestMemory> NestedPageTableOps for NestedTable<F, H
             .zap_leaves(SPACE, leaf.level.range(leaf.gfn))
             .flush();
         let frame = PhysAddr::from_usize(leaf.pfn.address().0 as usize);
-        Ok((frame, flags_of(&leaf), size_of_level(leaf.level)))
+        Ok((frame, flags_of::<F>(&leaf), size_of_level(leaf.level)))
     }
 
     fn map_linear(
@@ -319,10 +335,12 @@ impl<F: Format, H: Host, M: GuestMemory> NestedPageTableOps for NestedTable<F, H
         Ok(())
     }
 
-    /// Of one page, whatever the size of the mapping that it is in.
+    /// Of one page, whatever the size of the mapping that it is in. What cannot be mapped is refused before that is taken away.
     fn remap(&mut self, start: GuestPhysAddr, paddr: PhysAddr, flags: MappingFlags) -> bool {
         let page = GuestPhysAddr::from_usize(start.as_usize() & !(PAGE_SIZE as usize - 1));
-        self.unmap_region(page, PAGE_SIZE as usize).is_ok()
+        hpa(paddr).0.is_multiple_of(PAGE_SIZE)
+            && decode(flags).is_ok()
+            && self.unmap_region(page, PAGE_SIZE as usize).is_ok()
             && self.map(page, paddr, PageSize::Size4K, flags).is_ok()
     }
 
@@ -356,6 +374,6 @@ impl<F: Format, H: Host, M: GuestMemory> NestedPageTableOps for NestedTable<F, H
         let leaf = self.leaf(gpa(vaddr).gfn()).ok_or(unmapped)?;
         let offset = gpa(vaddr).0 & (leaf.level.bytes() - 1);
         let address = PhysAddr::from_usize((leaf.pfn.address().0 + offset) as usize);
-        Ok((address, flags_of(&leaf), size_of_level(leaf.level)))
+        Ok((address, flags_of::<F>(&leaf), size_of_level(leaf.level)))
     }
 }

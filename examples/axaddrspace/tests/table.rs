@@ -90,6 +90,32 @@ fn maps_what_it_is_told<F: Format>() {
     );
 }
 
+fn says_what_is_a_device<F: Format>() {
+    let mut table = table::<F>();
+    let device = RW | MappingFlags::DEVICE;
+    for size in [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G] {
+        table.map(GPA, HPA, size, device).unwrap();
+        assert_eq!(table.query(GPA), Ok((HPA, device, size)));
+        // A part of it is no other device.
+        if size == PageSize::Size2M {
+            table.unmap_region(GPA + 0x1000, 0x1000).unwrap();
+            assert_eq!(table.query(GPA), Ok((HPA, device, PageSize::Size4K)));
+            assert!(table.protect_region(GPA, 0x1000, RW));
+            assert_eq!(table.query(GPA), Ok((HPA, RW, PageSize::Size4K)));
+        }
+        table.unmap_region(GPA, 1 << 30).unwrap();
+    }
+}
+
+fn what_cannot_be_mapped_takes_nothing_away<F: Format>() {
+    let mut table = table::<F>();
+    table.map(GPA, HPA, PageSize::Size2M, RW).unwrap();
+    assert!(!table.remap(GPA, HPA, MappingFlags::empty()));
+    assert!(!table.remap(GPA, HPA + 0x123, RW));
+    assert!(!table.protect_region(GPA, M2, MappingFlags::empty()));
+    assert_eq!(table.query(GPA), Ok((HPA, RW, PageSize::Size2M)));
+}
+
 fn maps_ranges_by_large_blocks_and_changes_parts_of_them<F: Format>() {
     let mut table = table::<F>();
     let size = 2 * M2 + 0x3000;
@@ -182,6 +208,8 @@ macro_rules! for_each_format {
 
 for_each_format!(
     maps_what_it_is_told,
+    says_what_is_a_device,
+    what_cannot_be_mapped_takes_nothing_away,
     maps_ranges_by_large_blocks_and_changes_parts_of_them,
     a_range_that_cannot_be_mapped_whole_is_not_mapped_at_all,
     an_address_space_sits_on_it
