@@ -1,7 +1,7 @@
 //! One VM's handler: workers that share a table, and what runs beside them.
 //!
-//! Protocol. Each worker waits for messages by a poll of its own that wakes one of them only, reads one message at a time
-//! and resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
+//! Protocol. Each worker looks a few times for a message, waits for one by a poll of its own that wakes one of them only, reads
+//! one message at a time and resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
 //! that a change sends back is tried again after what there is to read has been read and applied. A fault that was read and
 //! not resolved when a handler died sleeps until it is woken: so whoever begins wakes all.
 //!
@@ -419,6 +419,11 @@ impl Shared {
         };
         let gate = tdp::Host::protected(states.host()).gate.as_ref()?;
         Some((states, gate))
+    }
+
+    /// Whether the VMM reports changes.
+    pub(crate) fn has_gate(&self) -> bool {
+        self.gate().is_some()
     }
 
     /// Reads one message, or none if there is none. Changes are applied and not returned.
