@@ -62,6 +62,26 @@ struct Destination {
     answering: Option<Answering>,
 }
 
+impl Destination {
+    /// Waits until it connects, or has ended without.
+    fn connection(&mut self, listener: &UnixListener) -> Outcome<UnixStream> {
+        listener.set_nonblocking(true)?;
+        let stream = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("the destination did not come up: {status}").into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        };
+        listener.set_nonblocking(false)?;
+        Ok(stream)
+    }
+}
+
 impl Drop for Destination {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -170,7 +190,7 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
         socket,
         answering: None,
     };
-    let (control, _) = listener.accept()?;
+    let control = destination.connection(&listener)?;
     wire::send(
         &control,
         &Message::Begin {
@@ -294,4 +314,24 @@ pub(crate) fn run(plan: &Plan, ahead: usize) -> Outcome<Moved> {
     moved.ahead_pages_per_s = median(&mut sent);
     moved.downtime_ms = median(&mut down);
     Ok(moved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_that_does_not_come_up_is_not_waited_for() {
+        let name = format!("kvm-vmm-{}-no.sock", std::process::id());
+        let socket = std::env::temp_dir().join(name);
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let mut destination = Destination {
+            child: Command::new("false").spawn().expect("a process"),
+            socket,
+            answering: None,
+        };
+        let came = destination.connection(&listener);
+        assert!(came.is_err(), "{came:?}");
+    }
 }
