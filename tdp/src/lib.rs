@@ -2,8 +2,8 @@
 //! second-level page-table entries, from all vCPUs at once.
 //!
 //! The embedder owns guest memory and supplies frames, backing and TLB flushes ([`Host`]); the library owns the tables.
-//! An RCU-protected walk finds the entry, a compare-exchange changes it, and a table page that was unlinked is freed
-//! only after a flush and a grace period.
+//! An RCU-protected walk finds the entry, or the vCPU's memory of an earlier one does; a compare-exchange changes it; and a
+//! table page that was unlinked is freed only after a flush and a grace period.
 //!
 //! ```
 //! use tdp::{Ept, Fault, Gfn, Gpa, Level, Mmu, Outcome, Pfn, Slot};
