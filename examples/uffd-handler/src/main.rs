@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use std::error::Error;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -189,10 +190,22 @@ fn serve(options: &Serve) -> Outcome<()> {
         prefetch,
         record: options.record.is_some(),
     };
-    let _ = fs::remove_file(&options.socket);
+    // Left over by a handler that died. Anything else that is there is not ours to remove.
+    if fs::symlink_metadata(&options.socket).is_ok_and(|it| it.file_type().is_socket()) {
+        let _ = fs::remove_file(&options.socket);
+    }
     let listener = UnixListener::bind(&options.socket).map_err(in_file(&options.socket))?;
     loop {
-        let (stream, _) = listener.accept()?;
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if options.once => return Err(error.into()),
+            Err(error) => {
+                // Too many descriptors, most likely: those VMs that are served are to be served on.
+                eprintln!("error: no connection: {error}");
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
         let (source, config, options) = (source.clone(), config.clone(), options.clone());
         let once = options.once;
         let vm = thread::spawn(move || {

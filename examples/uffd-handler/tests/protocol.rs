@@ -468,3 +468,55 @@ fn a_vmm_that_is_killed_is_no_failure_of_its_handler() {
         assert!(success, "{err}");
     }
 }
+
+#[test]
+fn a_file_in_the_place_of_the_socket_is_left_alone() {
+    let snapshot = SnapshotFile::new("mistaken");
+    let done = Command::new(env!("CARGO_BIN_EXE_uffd-handler"))
+        .args(["serve", "--once", "--socket"])
+        .arg(&snapshot.0)
+        .arg("--snapshot")
+        .arg(&snapshot.0)
+        .output()
+        .expect("a handler");
+    assert!(!done.status.success());
+    let err = String::from_utf8_lossy(&done.stderr);
+    assert!(err.contains("in use"), "{err}");
+    assert_eq!(fs::metadata(&snapshot.0).expect("the file").len(), LEN);
+}
+
+#[test]
+fn a_handler_without_descriptors_serves_on_who_it_serves() {
+    if skipped("a_handler_without_descriptors_serves_on_who_it_serves") {
+        return;
+    }
+    let snapshot = SnapshotFile::new("exhausted");
+    let mut handler = Handler::start("exhausted", &snapshot.0, &[]);
+    let vmm = Vmm::new(shape(Kind::Anonymous, LEN, 0)).expect("a VMM");
+    let stream = handler.connect();
+    vmm.introduce(&stream).expect("a message");
+    assert_eq!(vmm.wrong_words(0, MIB), 0);
+    // So many as it has now.
+    let pid = handler.child.id() as libc::pid_t;
+    let limit = libc::rlimit {
+        rlim_cur: 4,
+        rlim_max: 4,
+    };
+    #[allow(unsafe_code)]
+    // UNSAFETY: a system call. SAFETY: the kernel reads `limit`.
+    let set = unsafe {
+        libc::prlimit(
+            pid,
+            libc::RLIMIT_NOFILE,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    };
+    assert_eq!(set, 0, "a limit");
+    let more = UnixStream::connect(&handler.socket).expect("a connection");
+    thread::sleep(Duration::from_millis(150));
+    let ended = handler.child.try_wait().expect("its state");
+    assert_eq!(ended, None, "it gave up on all of them");
+    assert_eq!(vmm.wrong_words(MIB, LEN), 0);
+    drop(more);
+}
