@@ -19,7 +19,7 @@ use crate::session::SessionError;
 use crate::sys::{Message, Short, Uffd};
 use crate::table::Refusal;
 use std::io;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use tdp::Level;
 use tdp::protected::Unprotected;
 use tdp::{
@@ -32,6 +32,8 @@ pub(crate) struct WriteHost {
     frames: MmapPool,
     uffd: Uffd,
     inside: TlbTracker,
+    /// Nobody reads messages any more.
+    over: AtomicBool,
     /// An error number of the kernel, if it once refused to protect a range.
     failed: AtomicI32,
 }
@@ -59,7 +61,7 @@ impl Host for WriteHost {
         let len = request.range.pages() * 4096;
         // While the address space changes, the workers read why.
         while let Err(Short { errno, .. }) = self.uffd.protect(start, len, true) {
-            if errno != libc::EAGAIN {
+            if errno != libc::EAGAIN || self.over.load(Ordering::Acquire) {
                 self.failed.store(errno, Ordering::Release);
                 return;
             }
@@ -87,6 +89,7 @@ impl WriteLog {
             frames: pool.map_err(|error| error.to_string())?,
             uffd,
             inside: TlbTracker::new(),
+            over: AtomicBool::new(false),
             failed: AtomicI32::new(0),
         };
         let mmu = Mmu::builder(host)
@@ -100,6 +103,11 @@ impl WriteLog {
                 .map_err(|error| error.to_string())?;
         }
         Ok(Self { mmu })
+    }
+
+    /// From now on nobody reads why the address space changes, so nobody is to wait for that.
+    pub(crate) fn finish(&self) {
+        self.mmu.host().over.store(true, Ordering::Release);
     }
 
     pub(crate) fn writer(&self) -> Result<Writer, SessionError> {

@@ -24,6 +24,8 @@ use std::thread::{self, JoinHandle};
 use tdp::{FaultError, MmuError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+/// Children of a VMM that are served at a time.
+const CHILDREN: usize = 64;
 /// Messages read at a time when all are wanted.
 const ROUND: usize = 16;
 
@@ -62,6 +64,9 @@ pub enum SessionError {
     /// A thread waits for what nobody can fill, and would for ever.
     #[error("the fault at {0:#x} comes again and again: nothing is known of that address")]
     Stray(u64),
+    /// The VMM has forked more often than one that is served has reason to.
+    #[error("more than {CHILDREN} children of the VMM are alive")]
+    Children,
     /// A thread of the session panicked.
     #[error("a thread of the handler panicked")]
     Panicked,
@@ -162,6 +167,8 @@ pub(crate) struct Shared {
     stopping: AtomicBool,
     failed: Mutex<Option<SessionError>>,
     children: Mutex<Vec<Session>>,
+    /// Children that have ended, and what their faults were.
+    ended: Mutex<(u64, Served)>,
     changes: std::sync::atomic::AtomicU64,
 }
 
@@ -233,6 +240,7 @@ impl Session {
             stopping: AtomicBool::new(false),
             failed: Mutex::default(),
             children: Mutex::default(),
+            ended: Mutex::default(),
             changes: 0.into(),
             config,
         });
@@ -340,6 +348,9 @@ impl Session {
             report.forks += 1;
             report.served.add(&child.stop()?.served);
         }
+        let (forks, served) = *lock(&self.shared.ended);
+        report.forks += forks;
+        report.served.add(&served);
         match lock(&self.shared.failed).take() {
             Some(error) => Err(error),
             None => Ok(report),
@@ -379,6 +390,9 @@ impl Shared {
 
     fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        if let Some(writes) = &self.writes {
+            writes.finish();
+        }
         let _ = self.stop.write(1);
     }
 
@@ -513,8 +527,19 @@ impl Shared {
             background: false,
             ..self.config.clone()
         };
-        let child = Session::start(hello, self.source.clone(), config)?;
-        lock(&self.children).push(child);
+        let mut children = lock(&self.children);
+        // Those that have ended have nobody else who would notice, or be concerned by how.
+        for child in children.extract_if(.., |child| child.shared.uffd.is_orphaned()) {
+            let mut ended = lock(&self.ended);
+            ended.0 += 1;
+            if let Ok(report) = child.stop() {
+                ended.1.add(&report.served);
+            }
+        }
+        if children.len() == CHILDREN {
+            return Err(SessionError::Children);
+        }
+        children.push(Session::start(hello, self.source.clone(), config)?);
         Ok(())
     }
 }

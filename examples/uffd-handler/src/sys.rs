@@ -279,6 +279,14 @@ impl Uffd {
         self.ioctl(UNREGISTER, &mut [start, len])
     }
 
+    /// Whether the process whose memory it is has ended.
+    pub(crate) fn is_orphaned(&self) -> bool {
+        // Nothing is ever registered at the end of the addresses, so nothing comes of it but an answer.
+        const LAST: u64 = (1 << 47) - 0x2000;
+        let answer = self.map_cached(LAST, 4096, false);
+        answer.is_err_and(|short| short.errno == libc::ESRCH)
+    }
+
     /// Fills absent pages with what lies at `source` in this process, and wakes who waits for them.
     ///
     /// # Errors

@@ -520,3 +520,34 @@ fn a_handler_without_descriptors_serves_on_who_it_serves() {
     assert_eq!(vmm.wrong_words(MIB, LEN), 0);
     drop(more);
 }
+
+#[test]
+fn children_that_have_ended_cost_their_handler_nothing() {
+    if skipped("children_that_have_ended_cost_their_handler_nothing") {
+        return;
+    }
+    let _alone = forking();
+    let snapshot = SnapshotFile::new("children");
+    let handler = Handler::start("children", &snapshot.0, &["--once"]);
+    let vmm = match Vmm::new(shape(Kind::Anonymous, LEN, features::FORK)) {
+        Ok(vmm) => vmm,
+        Err(why) => {
+            eprintln!("SKIPPED children_that_have_ended: no reports of forks: {why}");
+            return;
+        }
+    };
+    let stream = handler.connect();
+    vmm.introduce(&stream).expect("a message");
+    for at in 0..80 {
+        let at = at * 4096;
+        assert!(common::in_a_child(|| vmm.memory().load(at) == word(at, 0)));
+    }
+    let threads = format!("/proc/{}/task", handler.child.id());
+    let threads = fs::read_dir(threads).expect("its threads").count();
+    assert!(threads < 20, "{threads} threads");
+    drop(stream);
+    let (success, out, err) = handler.said();
+    assert!(success, "{err}");
+    assert!(out.contains("\"forks\":80"), "{out}");
+    assert!(out.contains("\"filled\":80"), "{out}");
+}

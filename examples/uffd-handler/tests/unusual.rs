@@ -189,3 +189,28 @@ fn a_snapshot_that_was_cut_off_ends_the_session() {
     let reason = reason(session);
     assert!(reason.contains("could not be filled"), "{reason}");
 }
+
+#[test]
+fn a_log_of_a_session_that_is_over_does_not_wait_for_it() {
+    if skipped("a_log_of_a_session_that_is_over_does_not_wait_for_it") {
+        return;
+    }
+    let shape = Shape {
+        track_writes: true,
+        features: features::WP | features::REMOVE,
+        ..Shape::new(Kind::Anonymous, MIB)
+    };
+    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let session = Arc::new(serve(&vmm, &source(shape.len), Config::default()));
+    assert!(guest(&vmm, |vmm| vmm.memory().store(0, 1)).is_some());
+    session.finish();
+    // Waits until somebody reads the report of it, which nobody does.
+    let there = vmm.clone();
+    let removal = thread::spawn(move || there.memory().give_up(4096, 4096));
+    thread::sleep(Duration::from_millis(100));
+    assert!(!removal.is_finished());
+    let collected = guest(&vmm, move |_| {
+        session.writes().map(|log| log.collect(|_| ()).is_err())
+    });
+    assert_eq!(collected, Some(Some(true)));
+}
