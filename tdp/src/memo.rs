@@ -1,7 +1,7 @@
 //! What a vCPU remembers from fault to fault, so that the common one neither searches nor walks.
 //!
 //! Protocol. A memo holds what was found in earlier critical sections of its vCPU, all under one *stamp* of the epoch domain:
-//! the slot used last, the tables of level 1 used last, and the bits of the leaf made last. A section whose stamp is the same
+//! the slot used last, the tables of level 2 used last, and the bits of the leaf made last. A section whose stamp is the same
 //! may go by it ([`Memo::current`]); with any other stamp the memo is emptied first ([`Memo::renew`]). The stamp moves
 //!
 //! * with each grace period of what is retired, so what a memo points to is memory, and still what it was: a table may have
@@ -16,16 +16,16 @@
 //!
 //! Whatever is remembered was found after a stamp was read, and is remembered under a stamp that is no newer.
 
-use crate::entry::{EntryRef, TablePage};
-use crate::event::Site;
-use crate::host::{AddressSpaceId, Mapping};
+use crate::entry::TablePage;
+use crate::host::Mapping;
 use crate::slots::Slot;
 use core::ptr::NonNull;
 use tdp_arch::{Format, Gfn, LeafAttrs, Level, Pfn, Spte};
 use tdp_rcu::{Section, Stamp};
 
-/// Tables of level 1 that are remembered: 256 MiB of guest memory. A model checker gets as many as it can tell apart.
-const TABLES: usize = if cfg!(loom) { 2 } else { 128 };
+/// Tables of level 2 that are remembered: 32 GiB of guest memory. Those below are as many as a guest has pages by the
+/// hundred: to look one up would cost more than to read its entry. A model checker gets as many as it can tell apart.
+const TABLES: usize = if cfg!(loom) { 2 } else { 32 };
 
 /// See the module. What a fault reads of it in any case comes first.
 #[repr(C)]
@@ -39,23 +39,19 @@ pub(crate) struct Memo<B> {
 /// The tables that are part of the memo, apart from it because of their size.
 pub(crate) struct Tables([Table; TABLES]);
 
-/// A table of level 1.
+/// A table of level 2. Aligned, so that it lies in one cache line.
 #[derive(Clone, Copy)]
+#[repr(align(16))]
 struct Table {
-    /// Guest frames without the bits that choose an entry; [`Table::NONE`]'s is that of no frame.
+    /// Guest frames without the bits that choose an entry here or below; [`Table::NONE`]'s is that of no frame.
     region: u64,
     page: NonNull<TablePage>,
-    /// The same page, for whom events are told.
-    #[cfg(feature = "tracing")]
-    pfn: Pfn,
 }
 
 impl Table {
     const NONE: Self = Self {
         region: u64::MAX,
         page: NonNull::dangling(),
-        #[cfg(feature = "tracing")]
-        pfn: Pfn(0),
     };
 }
 
@@ -109,7 +105,7 @@ unsafe impl<B: Send + Sync> Send for Memo<B> {}
 
 #[allow(unsafe_code)]
 // UNSAFETY: as above, for pages of tables.
-// SAFETY: they are dereferenced in `Current::entry` only, under the same rule, and hold atomics.
+// SAFETY: they are dereferenced in `Current::table` only, under the same rule, and hold atomics.
 unsafe impl Send for Tables {}
 
 impl<B> Memo<B> {
@@ -183,15 +179,10 @@ impl<'s, B> Current<'_, 's, B> {
         slot.contains(gfn).then_some(slot)
     }
 
-    /// The entry of `gfn` in its table of level 1, if that is remembered. It may have been unlinked since.
+    /// The table of level 2 above `gfn`, if it is remembered. It may have been unlinked since.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub(crate) fn entry(
-        &self,
-        tables: &Tables,
-        as_id: AddressSpaceId,
-        gfn: Gfn,
-    ) -> Option<EntryRef<'s>> {
+    pub(crate) fn table(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
         let region = Tables::region(gfn);
         let table = &tables.0[Tables::place(region)];
         if table.region != region {
@@ -200,15 +191,7 @@ impl<'s, B> Current<'_, 's, B> {
         // UNSAFETY: a pointer kept from an earlier critical section.
         // SAFETY: it came from a frame source, which promises a valid page for as long as it lives; that it is still the same
         // table is what the stamp says (INV: flush-before-reuse). What is in the page is atomic.
-        let page: &'s TablePage = unsafe { table.page.as_ref() };
-        #[cfg(feature = "tracing")]
-        let pfn = table.pfn;
-        #[cfg(not(feature = "tracing"))]
-        let pfn = Pfn(0);
-        Some(
-            page.get(Level::L1.index(gfn))?
-                .at(Site::new(as_id, gfn, pfn)),
-        )
+        Some(unsafe { table.page.as_ref() })
     }
 
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
@@ -227,7 +210,7 @@ impl Tables {
 
     #[inline(always)]
     const fn region(gfn: Gfn) -> u64 {
-        gfn.0 >> Level::L2.gfn_shift()
+        gfn.0 >> Level::L3.gfn_shift()
     }
 
     #[inline(always)]
@@ -235,20 +218,13 @@ impl Tables {
         region as usize % TABLES
     }
 
-    /// Remembers the table of `gfn`.
+    /// Remembers the table of level 2 above `gfn`.
     #[inline(always)]
-    pub(crate) fn note(&mut self, gfn: Gfn, _pfn: Pfn, page: &TablePage) {
+    pub(crate) fn note(&mut self, gfn: Gfn, page: &TablePage) {
         let region = Self::region(gfn);
         self.0[Self::place(region)] = Table {
             region,
             page: NonNull::from(page),
-            #[cfg(feature = "tracing")]
-            pfn: _pfn,
         };
-    }
-
-    /// Has the next fault on `gfn` come down from the root.
-    pub(crate) fn forget(&mut self, gfn: Gfn) {
-        self.0[Self::place(Self::region(gfn))] = Table::NONE;
     }
 }

@@ -94,7 +94,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !mapping.perms.contains(access.needs()) {
             return None;
         }
-        let entry = memo.entry(&self.tables, self.ctx.as_id, gfn)?;
+        let entry = self.ctx.entry_below(memo.table(&self.tables, gfn)?, gfn)?;
         event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
         entry::install_leaf::<F>(entry, Level::L1, leaf, &*self.ctx.shard).ok()?;
         self.ctx.shard.add(Stat::Fixed, 1);
@@ -172,16 +172,18 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
             let memo = self.memo.current(section);
-            let entry = match memo.and_then(|memo| memo.entry(&self.tables, self.ctx.as_id, gfn)) {
+            let table = memo.and_then(|memo| memo.table(&self.tables, gfn));
+            // A table that was unlinked since is sealed: the way from the root is tried too.
+            let entry = match table.and_then(|table| self.ctx.entry_below(table, gfn)) {
                 Some(entry) => entry,
                 None => {
-                    let Some((table, page)) = self.ctx.table_of(gfn, Level::L1) else {
+                    let Some((_, table)) = self.ctx.table_of(gfn, Level::L2) else {
                         return Fast::GaveUp;
                     };
-                    self.tables.note(gfn, table, page);
-                    let Some(entry) = self.ctx.entry_in((table, page), gfn, Level::L1) else {
+                    let Some(entry) = self.ctx.entry_below(table, gfn) else {
                         return Fast::GaveUp;
                     };
+                    self.tables.note(gfn, table);
                     entry
                 }
             };
@@ -212,8 +214,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         fault: Fault,
     ) -> Resolution<H::Backing> {
         let gfn = fault.gpa.gfn();
-        // What was remembered is what the fast path has just given up on.
-        self.tables.forget(gfn);
         if gfn >= self.ctx.root.limit() {
             return Resolution::Done(self.ctx.memory_fault(MemoryFault::BeyondWidth));
         }
@@ -390,6 +390,19 @@ impl<F: Format, H: Host> Context<F, H> {
             }
         }
         Some((table, page))
+    }
+
+    /// The entry of `gfn` in its table of level 1, by the table of level 2 above it, if that has one.
+    #[inline(always)]
+    fn entry_below<'t>(&'t self, table: &TablePage, gfn: Gfn) -> Option<EntryRef<'t>> {
+        let spte = table.get(Level::L2.index(gfn))?.load();
+        if !F::is_table(spte) {
+            return None;
+        }
+        let pfn = F::pfn(spte);
+        let page = table::page(self.shared.host.frames(), pfn);
+        let entry = page.get(Level::L1.index(gfn))?;
+        Some(entry.at(Site::new(self.as_id, gfn, pfn)))
     }
 
     /// The entry of `gfn` in a table of level `goal`.

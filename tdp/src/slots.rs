@@ -41,25 +41,26 @@ bitflags::bitflags! {
 pub struct SlotId(pub u32);
 
 /// A range of guest frames with one backing.
-// Aligned, because every fault reads it and whoever copies the map writes the count that lies before it.
+// Aligned, because every fault reads it and whoever copies the map writes the count that lies before it. In this order, so
+// that what a fault reads in any case is in one line, with a backing of up to 32 bytes.
 #[derive(Clone, Debug)]
-#[repr(align(64))]
+#[repr(C, align(64))]
 pub struct Slot<B> {
     gfns: GfnRange,
     /// Frames in `gfns`.
     pages: u64,
     /// Whether faults on it need no thought: no flags, not changing.
     plain: bool,
-    flags: SlotFlags,
     /// Being removed, moved or changed: faults are to be retried.
     pub(crate) changing: bool,
     max_level: Level,
+    flags: SlotFlags,
+    backing: B,
+    /// Marks of written frames, while it is logged.
+    bitmap: Option<Arc<DirtyBitmap>>,
     id: SlotId,
     explicit_id: bool,
     as_id: AddressSpaceId,
-    /// Marks of written frames, while it is logged.
-    bitmap: Option<Arc<DirtyBitmap>>,
-    backing: B,
 }
 
 impl<B> Slot<B> {

@@ -469,7 +469,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         mapping: Mapping,
         access: Access,
     ) -> Outcome {
-        self.tables.forget(gfn);
         let fault = Fault::new(gfn.address(), access);
         if gfn >= self.ctx.root.limit() {
             return self.ctx.memory_fault(MemoryFault::BeyondWidth);
