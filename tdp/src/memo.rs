@@ -1,7 +1,7 @@
 //! What a vCPU remembers from fault to fault, so that the common one neither searches nor walks.
 //!
 //! Protocol. A memo holds what was found in earlier critical sections of its vCPU, all under one *stamp* of the epoch domain:
-//! the slot used last, the tables of level 2 used last, and the bits of the leaf made last. A section whose stamp is the same
+//! the slot used last, the tables of level 2 used last, the table of level 1 used last, and the bits of the leaf made last. A section whose stamp is the same
 //! may go by it ([`Memo::current`]); with any other stamp the memo is emptied first ([`Memo::renew`]). The stamp moves
 //!
 //! * with each grace period of what is retired, so what a memo points to is memory, and still what it was: a table may have
@@ -19,6 +19,7 @@
 use crate::entry::TablePage;
 use crate::host::Mapping;
 use crate::slots::Slot;
+use core::cell::Cell;
 use core::ptr::NonNull;
 use tdp_arch::{Format, Gfn, LeafAttrs, Level, Pfn, Spte};
 use tdp_rcu::{Section, Stamp};
@@ -34,6 +35,8 @@ pub(crate) struct Memo<B> {
     /// Null for none.
     slot: *const Slot<B>,
     recipe: Recipe,
+    /// The table of level 1 used last.
+    last: Cell<Last>,
 }
 
 /// The tables that are part of the memo, apart from it because of their size.
@@ -53,6 +56,31 @@ impl Table {
         region: u64::MAX,
         page: NonNull::dangling(),
     };
+}
+
+/// A table of level 1.
+#[derive(Clone, Copy)]
+struct Last {
+    /// Guest frames without the bits that choose an entry; that of no frame for none.
+    region: u64,
+    page: NonNull<TablePage>,
+    /// The same page, for whom events are told.
+    #[cfg(feature = "tracing")]
+    pfn: Pfn,
+}
+
+impl Last {
+    const NONE: Self = Self {
+        region: u64::MAX,
+        page: NonNull::dangling(),
+        #[cfg(feature = "tracing")]
+        pfn: Pfn(0),
+    };
+
+    #[inline(always)]
+    const fn region(gfn: Gfn) -> u64 {
+        gfn.0 >> Level::L2.gfn_shift()
+    }
 }
 
 /// How a leaf of level 1 is made of a frame: the answer to a wish that came before.
@@ -98,9 +126,9 @@ impl Wish {
 }
 
 #[allow(unsafe_code)]
-// UNSAFETY: the slot is a raw pointer, which the compiler takes for thread-bound.
-// SAFETY: it is dereferenced in `Current::slot` only, under the rule of the stamp, whichever thread runs it; a slot may be used from
-// any thread because `B` is `Send` and `Sync`.
+// UNSAFETY: there are raw pointers in it, which the compiler takes for thread-bound.
+// SAFETY: it is dereferenced in `Current::slot` only, and the page of a table in `Current::last`, under the rule of the stamp,
+// whichever thread runs it; a slot may be used from any thread because `B` is `Send` and `Sync`, a page holds atomics.
 unsafe impl<B: Send + Sync> Send for Memo<B> {}
 
 #[allow(unsafe_code)]
@@ -118,6 +146,7 @@ impl<B> Memo<B> {
                 pfn_bits: 0,
                 leaf: Spte(0),
             },
+            last: Cell::new(Last::NONE),
         }
     }
 
@@ -149,6 +178,17 @@ impl<B> Memo<B> {
         self.slot = slot;
     }
 
+    /// Remembers the table of level 1 of `gfn`.
+    #[inline(always)]
+    pub(crate) fn note_last(&self, gfn: Gfn, _pfn: Pfn, page: &TablePage) {
+        self.last.set(Last {
+            region: Last::region(gfn),
+            page: NonNull::from(page),
+            #[cfg(feature = "tracing")]
+            pfn: _pfn,
+        });
+    }
+
     /// Remembers how the leaf was made that answers a wish.
     #[inline(always)]
     pub(crate) fn note_leaf<F: Format>(&mut self, wish: Wish, attrs: LeafAttrs, pfn_limit: Pfn) {
@@ -177,6 +217,30 @@ impl<'s, B> Current<'_, 's, B> {
         // owned it is not freed before this section ends (INV: flush-before-reuse, its grace-period half).
         let slot = unsafe { self.memo.slot.as_ref() }?;
         slot.contains(gfn).then_some(slot)
+    }
+
+    /// The table of level 1 of `gfn` with its page, if it was used last. It may have been unlinked since. The frame is known
+    /// where events are told.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn last(&self, gfn: Gfn) -> Option<(Pfn, &'s TablePage)> {
+        let last = self.memo.last.get();
+        if last.region != Last::region(gfn) {
+            return None;
+        }
+        #[cfg(feature = "tracing")]
+        let pfn = last.pfn;
+        #[cfg(not(feature = "tracing"))]
+        let pfn = Pfn(0);
+        // UNSAFETY: a pointer kept from an earlier critical section.
+        // SAFETY: as for a table of level 2 below.
+        Some((pfn, unsafe { last.page.as_ref() }))
+    }
+
+    /// Remembers the table of level 1 used last.
+    #[inline(always)]
+    pub(crate) fn note_last(&self, gfn: Gfn, pfn: Pfn, page: &TablePage) {
+        self.memo.note_last(gfn, pfn, page);
     }
 
     /// The table of level 2 above `gfn`, if it is remembered. It may have been unlinked since.

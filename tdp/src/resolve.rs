@@ -94,7 +94,15 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !mapping.perms.contains(access.needs()) {
             return None;
         }
-        let entry = self.ctx.entry_below(memo.table(&self.tables, gfn)?, gfn)?;
+        let table = match memo.last(gfn) {
+            Some(table) => table,
+            None => {
+                let table = self.ctx.below(memo.table(&self.tables, gfn)?, gfn)?;
+                memo.note_last(gfn, table.0, table.1);
+                table
+            }
+        };
+        let entry = self.ctx.small_entry_in(table, gfn)?;
         event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
         entry::install_leaf::<F>(entry, Level::L1, leaf, &*self.ctx.shard).ok()?;
         self.ctx.shard.add(Stat::Fixed, 1);
@@ -172,20 +180,24 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
             let memo = self.memo.current(section);
-            let table = memo.and_then(|memo| memo.table(&self.tables, gfn));
+            let above = memo.and_then(|memo| memo.table(&self.tables, gfn));
             // A table that was unlinked since is sealed: the way from the root is tried too.
-            let entry = match table.and_then(|table| self.ctx.entry_below(table, gfn)) {
-                Some(entry) => entry,
+            let table = match above.and_then(|above| self.ctx.below(above, gfn)) {
+                Some(table) => table,
                 None => {
-                    let Some((_, table)) = self.ctx.table_of(gfn, Level::L2) else {
+                    let Some((_, above)) = self.ctx.table_of(gfn, Level::L2) else {
                         return Fast::GaveUp;
                     };
-                    let Some(entry) = self.ctx.entry_below(table, gfn) else {
+                    let Some(table) = self.ctx.below(above, gfn) else {
                         return Fast::GaveUp;
                     };
-                    self.tables.note(gfn, table);
-                    entry
+                    self.tables.note(gfn, above);
+                    table
                 }
+            };
+            self.memo.note_last(gfn, table.0, table.1);
+            let Some(entry) = self.ctx.small_entry_in(table, gfn) else {
+                return Fast::GaveUp;
             };
             if wish.is_for_small() && self.ctx.private_root.is_none() {
                 let attrs = self.ctx.leaf_attrs(mapping, mapping.perms, prefetch);
@@ -392,17 +404,26 @@ impl<F: Format, H: Host> Context<F, H> {
         Some((table, page))
     }
 
-    /// The entry of `gfn` in its table of level 1, by the table of level 2 above it, if that has one.
+    /// The table of level 1 of `gfn`, with its page, by the table of level 2 above it, if that has one.
     #[inline(always)]
-    fn entry_below<'t>(&'t self, table: &TablePage, gfn: Gfn) -> Option<EntryRef<'t>> {
-        let spte = table.get(Level::L2.index(gfn))?.load();
+    fn below(&self, above: &TablePage, gfn: Gfn) -> Option<(Pfn, &TablePage)> {
+        let spte = above.get(Level::L2.index(gfn))?.load();
         if !F::is_table(spte) {
             return None;
         }
-        let pfn = F::pfn(spte);
-        let page = table::page(self.shared.host.frames(), pfn);
+        let table = F::pfn(spte);
+        Some((table, table::page(self.shared.host.frames(), table)))
+    }
+
+    /// The entry of `gfn` in a table of level 1. No root is one, so that none needs to be asked.
+    #[inline(always)]
+    fn small_entry_in<'t>(
+        &self,
+        (table, page): (Pfn, &'t TablePage),
+        gfn: Gfn,
+    ) -> Option<EntryRef<'t>> {
         let entry = page.get(Level::L1.index(gfn))?;
-        Some(entry.at(Site::new(self.as_id, gfn, pfn)))
+        Some(entry.at(Site::new(self.as_id, gfn, table)))
     }
 
     /// The entry of `gfn` in a table of level `goal`.
