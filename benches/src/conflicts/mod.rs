@@ -95,9 +95,11 @@ struct WarmFault {
     tables: usize,
     /// Of the thread's stack.
     stack: usize,
+    /// Of the program that is traced, which calls the library.
+    caller: usize,
     /// Of anything else.
     other: usize,
-    /// Who touches those, line by line.
+    /// Who touches the last two kinds, line by line.
     functions: Vec<String>,
     /// Instructions, marks included.
     instructions: u64,
@@ -150,6 +152,9 @@ pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
         ))),
     }
 }
+
+/// Where the code of the traced program is.
+const CALLER: &str = "benches/src/conflicts/";
 
 /// What one side does to a line.
 #[derive(Default)]
@@ -225,15 +230,19 @@ fn warm(trace: &Trace, turn: &Turn, symbols: &Symbols) -> WarmFault {
             .count()
     };
     let (tables, stack) = (of(lackey::TABLES), of(lackey::STACK));
-    let others = lines
+    let others: Vec<Vec<String>> = lines
         .iter()
         .filter(|(line, _)| ![lackey::TABLES, lackey::STACK].contains(&trace.place(**line)))
-        .map(|(_, instructions)| symbols.names(instructions).join(", "));
+        .map(|(_, instructions)| symbols.names(instructions))
+        .collect();
+    let of_caller = |names: &&Vec<String>| names.iter().all(|name| name.starts_with(CALLER));
+    let caller = others.iter().filter(of_caller).count();
     WarmFault {
         tables,
         stack,
-        other: lines.len() - tables - stack,
-        functions: others.collect(),
+        caller,
+        other: others.len() - caller,
+        functions: others.iter().map(|names| names.join(", ")).collect(),
         instructions: turn.instructions,
     }
 }
@@ -270,9 +279,9 @@ fn show(body: &Body, output: &Output) {
     }
     for fault in &body.warm_fault {
         output.say(format!(
-            "A fault with everything in place touches {} cache lines of tables, {} of its stack and {} others, in {} \
-             instructions",
-            fault.tables, fault.stack, fault.other, fault.instructions
+            "A fault with everything in place touches {} cache lines of tables, {} of its stack, {} of its caller and {} \
+             others, in {} instructions",
+            fault.tables, fault.stack, fault.caller, fault.other, fault.instructions
         ));
     }
     output.say(format!(
