@@ -227,7 +227,10 @@ impl Guests {
     /// Builds the first TD as far as `how_far` says, so that not every sequence has to find the way: from nothing to pages
     /// and tables that wait for one last call while a vCPU may go by them.
     fn build(&mut self, how_far: u8) {
-        let how_far = how_far % 12;
+        let how_far = how_far % 16;
+        // From here on it goes another way, to a TD that is paused, and back.
+        let exported = how_far.saturating_sub(11);
+        let how_far = if exported > 0 { 6 } else { how_far };
         let levels = self.tds[0].levels();
         let done = |answer: Answer| assert!(answer.is_success(), "{answer}");
         let tables = [Level::L5, Level::L4, Level::L3, Level::L2];
@@ -286,11 +289,28 @@ impl Guests {
         if how_far >= 10 {
             // The small page is gone, and the vCPU inside has been where it was.
             done(self.tds[0].mem_page_remove(small));
+            self.ended(0, At { gpa: 0, level: 0 });
             self.vcpu_step(0, Action::Enter(0, 0));
             self.vcpu_step(0, Action::Touch(0, At { gpa: 0, level: 0 }, true));
         }
         if how_far >= 11 {
             done(self.tds[0].mem_range_block(PageInfo::new(Gpa(0), Level::L2)));
+        }
+        if exported >= 1 {
+            done(self.tds[0].migrate(OpState::LiveExport));
+            let paused = self.tds[0].migrate(OpState::PausedExport);
+            assert!(!paused.is_success(), "paused with a vCPU inside");
+        }
+        if exported >= 2 {
+            self.vcpu_step(0, Action::Exit(0, 0, false));
+            done(self.tds[0].migrate(OpState::PausedExport));
+        }
+        if exported >= 3 {
+            done(self.tds[0].mem_page_remove(small));
+            self.ended(0, At { gpa: 0, level: 0 });
+        }
+        if exported >= 4 {
+            done(self.tds[0].migrate(OpState::Runnable));
         }
     }
 
