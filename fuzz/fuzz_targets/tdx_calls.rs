@@ -148,8 +148,11 @@ enum Action {
 struct View {
     entries: [Vec<EntryView>; 2],
     kinds: Vec<(PageKind, Level)>,
-    tds: Option<[(u64, u64, OpState, Lifecycle, usize); 2]>,
+    tds: Option<[TdView; 2]>,
 }
+
+/// Pages, epoch, states, length of what is measured.
+type TdView = (u64, u64, OpState, Lifecycle, usize);
 
 /// What a vCPU may have cached of one entry: the translation of a page, or a table that it goes on from.
 struct Cached {
