@@ -306,7 +306,7 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
         Pfn((spte.0 & Self::PFN_MASK) >> 12)
     }
 
-    /// The leaf `spte`, one of level 1 at frame 0, at frame `pfn` instead.
+    /// The leaf `spte`, which is at frame 0, at frame `pfn` instead, which must be aligned to its level.
     #[inline(always)]
     fn with_pfn(spte: Spte, pfn: Pfn) -> Spte {
         Spte(spte.0 | (pfn.0 << 12 & Self::PFN_MASK))

@@ -2,6 +2,7 @@
 //!
 //! * Any word is told apart without a panic and as one thing only; what an encoder writes is read back as it was meant,
 //!   and what is not one of its words is never taken for one.
+//! * The processor reads a leaf as it was meant, memory type included, and the parts of a large one as it reads the whole.
 //! * A walk of tables full of encoded entries, and of words that nobody ever wrote, ends; it finds what the entries say;
 //!   it changes accessed and dirty flags only; a second walk finds the same and changes nothing.
 #![no_main]
@@ -15,7 +16,9 @@ use common::processor::{Processor, ProcessorSetup, Report, guest_access};
 use libfuzzer_sys::fuzz_target;
 use std::cell::Cell;
 use tdp::{Access, AdBits, Ept, Gfn, Gpa, Hpa, LeafAttrs, Level, MemoryType, Npt, Pfn, Spte};
-use tdp_arch::walker::{GuestAccess, PhysicalMemory, ReadOnly, Translation, WalkError, Walker};
+use tdp_arch::walker::{
+    GuestAccess, LeafMemoryType, PhysicalMemory, ReadOnly, Translation, WalkError, Walker,
+};
 use tdp_arch::{Decoded, MMIO_GENERATION_BITS};
 
 /// Tables of an image; each has `WORDS` entries that repeat through the table.
@@ -100,6 +103,21 @@ impl Leaf {
 struct Image([[Cell<u64>; WORDS]; TABLES]);
 
 impl Image {
+    /// Every address leads to `entry`, one of `level`, below tables as the encoder writes them.
+    fn leading_to<F: Processor>(root_level: Level, level: Level, entry: Spte) -> Self {
+        let image = Self(Default::default());
+        let above = usize::from(root_level.number() - level.number());
+        for (n, words) in image.0.iter().enumerate().take(above + 1) {
+            let word = if n < above {
+                F::table(table_at(n as u8 + 1))
+            } else {
+                entry
+            };
+            words.iter().for_each(|cell| cell.set(word.0));
+        }
+        image
+    }
+
     fn cell(&self, hpa: Hpa) -> Option<&Cell<u64>> {
         assert_eq!(hpa.0 % 8, 0, "an entry that is not aligned");
         let table = (hpa.0 >> 12).checked_sub(BASE)?;
@@ -170,6 +188,7 @@ fn codecs<F: Processor>(input: &Input, setup: ProcessorSetup) {
         assert_eq!(F::decode(table, level), Decoded::Table(expected));
     }
     leaf::<F>(input, setup);
+    leaf_as_walked::<F>(input, setup);
 }
 
 fn leaf<F: Processor>(input: &Input, setup: ProcessorSetup) {
@@ -202,15 +221,93 @@ fn leaf<F: Processor>(input: &Input, setup: ProcessorSetup) {
         assert_eq!(F::perms(back), saved);
         assert!(F::expressed(attrs.perms).contains(saved));
     }
+    assert_eq!(F::with_pfn(F::leaf(Pfn(0), level, attrs), pfn), leaf);
     let Some(below) = level.below() else { return };
     let index = usize::from(input.index) % 512;
     let child = F::split_child(leaf, level, index);
+    let place = Pfn(pfn.0 + index as u64 * below.pages());
     let expected = Decoded::Leaf {
-        pfn: Pfn(pfn.0 + index as u64 * below.pages()),
+        pfn: place,
         perms: F::expressed(attrs.perms),
         access_tracked: false,
     };
     assert_eq!(F::decode(child, below), expected);
+    assert_eq!(child, F::leaf(place, below, attrs));
+}
+
+/// What the processor is to make of the memory type.
+fn memory_type<F: Processor>(attrs: LeafAttrs) -> LeafMemoryType {
+    if F::NAME == "ept" {
+        LeafMemoryType::Ept {
+            memory_type: attrs.memory_type as u8,
+            ignore_pat: attrs.ignore_guest_pat,
+        }
+    } else {
+        LeafMemoryType::Npt {
+            // The PAT after reset: 0 write back, 1 write through, 3 uncacheable.
+            pat_index: match attrs.memory_type {
+                MemoryType::WriteBack => 0,
+                MemoryType::WriteThrough => 1,
+                _ => 3,
+            },
+        }
+    }
+}
+
+/// The processor's walk to a leaf, and to a part of it.
+fn leaf_as_walked<F: Processor>(input: &Input, setup: ProcessorSetup) {
+    let (level, attrs) = (input.leaf.level(), input.leaf.attrs(setup.ad_bits));
+    let frames = 1 << (setup.physical_bits - 12);
+    let pfn = Pfn(input.leaf.pfn().0 % frames);
+    let leaf = F::leaf(pfn, level, attrs);
+    let walker = F::walker(setup);
+    let gpa = Gpa(input.words[0] & ((1 << 48) - 1));
+    let offset = gpa.0 % level.bytes();
+    let walked = |level, entry, gpa, access| {
+        let image = Image::leading_to::<F>(setup.root_level, level, entry);
+        walker.walk(&image, Pfn(BASE).address(), gpa, guest_access(access))
+    };
+    for kind in 0..4 {
+        let access = access(kind);
+        let found = walked(level, leaf, gpa, access);
+        let expected = match F::seen(F::expressed(attrs.perms), setup.mode_based_execute) {
+            Ok(seen) if seen.contains(access.needs()) => Ok(level),
+            Ok(_) => Err(Report::Denied),
+            Err(report) => Err(report),
+        };
+        match found {
+            Ok(found) => {
+                assert_eq!(Ok(found.level), expected, "{access:?}: {attrs:?}");
+                assert_eq!(found.hpa, Hpa(pfn.address().0 + offset));
+                assert_eq!(found.memory_type, memory_type::<F>(attrs));
+            }
+            Err(WalkError::Fault(fault)) => assert_eq!(Err(F::report(fault)), expected),
+            Err(WalkError::Abort(abort)) => panic!("{abort}"),
+        }
+        let Some(below) = level.below() else { continue };
+        let index = usize::from(input.index) % 512;
+        let start = gpa.0 - offset + index as u64 * below.bytes();
+        let gpa = Gpa(start + gpa.0 % below.bytes());
+        // With the one bit, too, that is a memory type in large leaves of one format and that no encoder sets.
+        for bent in [0, 1 << 12] {
+            let whole = Spte(leaf.0 ^ bent);
+            let by_whole = walked(level, whole, gpa, access);
+            let by_part = walked(below, F::split_child(whole, level, index), gpa, access);
+            let Ok(found) = by_whole else {
+                assert!(bent != 0 || by_part.is_err(), "{access:?} passes a part");
+                continue;
+            };
+            let expected = Translation {
+                level: below,
+                ..found
+            };
+            assert_eq!(
+                by_part,
+                Ok(expected),
+                "{access:?}: part {index} of {whole:?}"
+            );
+        }
+    }
 }
 
 /// Whether `access` counts as a write.

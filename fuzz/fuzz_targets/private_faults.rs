@@ -363,7 +363,13 @@ impl Guest {
             true => Visibility::Private,
             false => Visibility::Shared,
         };
-        let level = |n: u8| if n % 3 == 0 { Level::L2 } else { Level::L1 };
+        let level = |n: u8| {
+            if n.is_multiple_of(3) {
+                Level::L2
+            } else {
+                Level::L1
+            }
+        };
         match op {
             Op::Private { at, level: n } => self.fault(gfn(at), true, level(n)),
             Op::Shared { at } => self.fault(gfn(at), false, Level::L2),

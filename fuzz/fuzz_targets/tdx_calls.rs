@@ -6,7 +6,8 @@
 //! * the audit log has grown by one if a correct host would not have made it, and else not at all;
 //! * every page that an entry holds is of the right kind and size and in no other entry, and the TDs own as many pages as
 //!   they say;
-//! * no page was taken away that a vCPU inside may still reach through its TLB.
+//! * nothing was taken away, split, merged or let in again while a vCPU inside may still go by what it has cached of it:
+//!   a translation, or a table on the way to one.
 //!
 //! In the end both TDs are torn down, and every page is free.
 #![no_main]
@@ -147,13 +148,20 @@ enum Action {
 struct View {
     entries: [Vec<EntryView>; 2],
     kinds: Vec<(PageKind, Level)>,
-    tds: Option<[(u64, u64, OpState, Lifecycle, usize); 2]>,
+    tds: Option<[TdView; 2]>,
 }
 
-/// A translation that a vCPU may have cached.
+/// Pages, epoch, states, length of what is measured.
+type TdView = (u64, u64, OpState, Lifecycle, usize);
+
+/// What a vCPU may have cached of one entry: the translation of a page, or a table that it goes on from.
 struct Cached {
+    gpa: Gpa,
+    /// Of the entry.
+    level: Level,
     hpa: Hpa,
-    /// Its page was taken away since.
+    kind: PageKind,
+    /// The entry was changed since.
     stale: bool,
 }
 
@@ -219,15 +227,20 @@ impl Guests {
         }
     }
 
-    /// Builds the first TD as far as `how_far` says, so that not every sequence has to find the way.
+    /// Builds the first TD as far as `how_far` says, so that not every sequence has to find the way: from nothing to pages
+    /// and tables that wait for one last call while a vCPU may go by them.
     fn build(&mut self, how_far: u8) {
+        let how_far = how_far % 16;
+        // From here on it goes another way, to a TD that is paused, and back.
+        let exported = how_far.saturating_sub(11);
+        let how_far = if exported > 0 { 6 } else { how_far };
         let levels = self.tds[0].levels();
         let done = |answer: Answer| assert!(answer.is_success(), "{answer}");
-        if how_far % 6 >= 1 {
+        let tables = [Level::L5, Level::L4, Level::L3, Level::L2];
+        if how_far >= 1 {
             done(self.tds[0].mng_init());
         }
-        if how_far % 6 >= 2 {
-            let tables = [Level::L5, Level::L4, Level::L3, Level::L2];
+        if how_far >= 2 {
             for (n, level) in tables
                 .into_iter()
                 .filter(|level| *level <= levels)
@@ -236,7 +249,7 @@ impl Guests {
                 done(self.tds[0].mem_sept_add(PageInfo::new(Gpa(0), level), page(n as u64)));
             }
         }
-        if how_far % 6 >= 3 {
+        if how_far >= 3 {
             let vcpu = self.tds[0].vp_create(page(5)).expect("a free page");
             self.vcpus[0].push(Runner {
                 vcpu,
@@ -244,17 +257,63 @@ impl Guests {
             });
             done(self.tds[0].mr_finalize());
         }
-        let first = PageInfo::new(Gpa(0), Level::L1);
-        if how_far % 6 >= 4 {
-            done(self.tds[0].mem_page_aug(first, page(6)));
-            let accepted = self.tds[0].page_accept(first);
+        let small = PageInfo::new(Gpa(0), Level::L1);
+        let large = PageInfo::new(Gpa(0x20_0000), Level::L2);
+        let accept = |td: &Td, info| {
+            let accepted = td.page_accept(info);
             assert!(matches!(accepted, Accept::Answered(answer) if answer.is_success()));
+        };
+        if how_far >= 4 {
+            done(self.tds[0].mem_page_aug(small, page(6)));
+            accept(&self.tds[0], small);
         }
-        if how_far % 6 >= 5 {
+        if how_far >= 5 {
             // Inside, with a translation of that page.
             self.vcpu_step(0, Action::Enter(0, 0));
             self.vcpu_step(0, Action::Touch(0, At { gpa: 0, level: 0 }, true));
             assert!(self.vcpus[0][0].vcpu.is_inside());
+        }
+        if how_far >= 6 {
+            // And one of a large page.
+            done(self.tds[0].mem_page_aug(large, page(BLOCK)));
+            accept(&self.tds[0], large);
+            self.vcpu_step(0, Action::Touch(0, At { gpa: 4, level: 0 }, true));
+        }
+        if how_far >= 7 {
+            done(self.tds[0].mem_range_block(small));
+            done(self.tds[0].mem_range_block(large));
+        }
+        if how_far >= 8 {
+            done(self.tds[0].mem_track());
+        }
+        if how_far >= 9 {
+            self.vcpu_step(0, Action::Exit(0, 0, false));
+        }
+        if how_far >= 10 {
+            // The small page is gone, and the vCPU inside has been where it was.
+            done(self.tds[0].mem_page_remove(small));
+            self.ended(0, At { gpa: 0, level: 0 });
+            self.vcpu_step(0, Action::Enter(0, 0));
+            self.vcpu_step(0, Action::Touch(0, At { gpa: 0, level: 0 }, true));
+        }
+        if how_far >= 11 {
+            done(self.tds[0].mem_range_block(PageInfo::new(Gpa(0), Level::L2)));
+        }
+        if exported >= 1 {
+            done(self.tds[0].migrate(OpState::LiveExport));
+            let paused = self.tds[0].migrate(OpState::PausedExport);
+            assert!(!paused.is_success(), "paused with a vCPU inside");
+        }
+        if exported >= 2 {
+            self.vcpu_step(0, Action::Exit(0, 0, false));
+            done(self.tds[0].migrate(OpState::PausedExport));
+        }
+        if exported >= 3 {
+            done(self.tds[0].mem_page_remove(small));
+            self.ended(0, At { gpa: 0, level: 0 });
+        }
+        if exported >= 4 {
+            done(self.tds[0].migrate(OpState::Runnable));
         }
     }
 
@@ -370,14 +429,18 @@ impl Guests {
         !answer.is_success()
     }
 
-    /// A page went back to the host.
-    fn released(&mut self, n: usize, hpa: Hpa, bytes: u64) {
+    /// The entry at `at` was taken away, or what is below it was changed: nobody inside may go by it, and who is outside may
+    /// not come in with it.
+    fn ended(&mut self, n: usize, at: At) {
+        let gpa = at.info().raw() & !0xfff;
+        let range = gpa..gpa + at.level().bytes();
         for runner in &mut self.vcpus[n] {
-            for cached in &mut runner.cached {
-                if (hpa.0..hpa.0 + bytes).contains(&cached.hpa.0) {
-                    assert!(!runner.vcpu.is_inside(), "{hpa} taken from a vCPU inside");
-                    cached.stale = true;
-                }
+            let by_it =
+                |cached: &&mut Cached| cached.level <= at.level() && range.contains(&cached.gpa.0);
+            for cached in runner.cached.iter_mut().filter(by_it) {
+                let hpa = cached.hpa;
+                assert!(!runner.vcpu.is_inside(), "{hpa} taken from a vCPU inside");
+                cached.stale = true;
             }
         }
     }
@@ -387,6 +450,8 @@ impl Guests {
         self.violations = self.module.violation_count();
         let td = self.tds[n].clone();
         let met = self.meanwhile.0.lock().expect("no panic").is_some();
+        // What a call puts an end to if it succeeds.
+        let mut ending = None;
         let (of_host, answer) = match step.action {
             Action::Init => (true, td.mng_init()),
             Action::VpCreate(page) if self.vcpus[n].len() < MOST_VCPUS => {
@@ -409,22 +474,28 @@ impl Guests {
             }
             Action::Aug(at, page) => (true, td.mem_page_aug(at.info(), page.hpa())),
             Action::Remove(at) => {
-                let entry = td.entry(Gpa(at.info().raw() & !0xfff), at.level());
-                let answer = td.mem_page_remove(at.info());
-                if answer.is_success()
-                    && let Some(hpa) = entry.and_then(|entry| entry.page)
-                {
-                    self.released(n, hpa, at.level().bytes());
-                }
-                (true, answer)
+                ending = Some(at);
+                (true, td.mem_page_remove(at.info()))
             }
-            Action::Demote(at, page) => (true, td.mem_page_demote(at.info(), page.hpa())),
-            Action::Promote(at) => (true, td.mem_page_promote(at.info())),
+            Action::Demote(at, page) => {
+                ending = Some(at);
+                (true, td.mem_page_demote(at.info(), page.hpa()))
+            }
+            Action::Promote(at) => {
+                ending = Some(at);
+                (true, td.mem_page_promote(at.info()))
+            }
             Action::Block(at) => (true, td.mem_range_block(at.info())),
-            Action::Unblock(at) => (true, td.mem_range_unblock(at.info())),
+            Action::Unblock(at) => {
+                ending = Some(at);
+                (true, td.mem_range_unblock(at.info()))
+            }
             Action::Track => (true, td.mem_track()),
             Action::SeptAdd(at, page) => (true, td.mem_sept_add(at.info(), page.hpa())),
-            Action::SeptRemove(at) => (true, td.mem_sept_remove(at.info())),
+            Action::SeptRemove(at) => {
+                ending = Some(at);
+                (true, td.mem_sept_remove(at.info()))
+            }
             Action::SeptRead(at) => (true, td.mem_sept_rd(at.info())),
             Action::Accept(at) => match td.page_accept(at.info()) {
                 Accept::Answered(answer) => (false, answer),
@@ -459,23 +530,28 @@ impl Guests {
                 None => return self.after(false),
             },
         };
+        if answer.is_success()
+            && let Some(at) = ending
+        {
+            self.ended(n, at);
+        }
+        self.drop_cached_of_free_pages();
         let met = met && self.meanwhile.0.lock().expect("no panic").is_none();
         if met {
             // What the intruder was answered is judged by what must hold, not by what it noted.
-            self.drop_cached_of_free_pages();
             return self.after(false);
         }
         let refused = self.judge(step.action, of_host, answer);
         self.after(refused);
     }
 
-    /// An intruder may have taken pages away: nobody inside can have one of them.
+    /// Pages may have been taken away, by whatever call, an intruder's too: nobody inside can have one of them.
     fn drop_cached_of_free_pages(&mut self) {
         for n in 0..2 {
             for runner in &mut self.vcpus[n] {
                 for cached in &mut runner.cached {
-                    let kind = self.module.page_kind(Hpa(cached.hpa.0 & !0xfff));
-                    if kind.is_none_or(|(kind, _)| kind != PageKind::Reg) {
+                    let kind = self.module.page_kind(cached.hpa);
+                    if kind.is_none_or(|(kind, _)| kind != cached.kind) {
                         assert!(!runner.vcpu.is_inside(), "taken from a vCPU inside");
                         cached.stale = true;
                     }
@@ -532,11 +608,33 @@ impl Guests {
                 } else {
                     GuestAccess::Read
                 };
-                if let Ok(found) = self.tds[n].translate(at.gpa(), access) {
+                let (td, gpa) = (&self.tds[n], at.gpa());
+                let mut cache = |level, hpa, kind| {
+                    runner.cached.push(Cached {
+                        gpa,
+                        level,
+                        hpa: Hpa(hpa & !0xfff),
+                        kind,
+                        stale: false,
+                    });
+                };
+                // The tables on the way, whether it gets to a page or not.
+                for level in Level::ALL.into_iter().rev() {
+                    let Some(entry) = td.entry(gpa, level) else {
+                        continue;
+                    };
+                    let Some(hpa) = entry
+                        .page
+                        .filter(|_| entry.state == EntryState::TableMapped)
+                    else {
+                        break;
+                    };
+                    cache(level, hpa.0, PageKind::Ept);
+                }
+                if let Ok(found) = td.translate(gpa, access) {
                     let (kind, _) = self.module.page_kind(found.hpa).expect("a page");
                     assert_eq!(kind, PageKind::Reg, "the guest reaches {}", found.hpa);
-                    let hpa = Hpa(found.hpa.0 & !0xfff);
-                    runner.cached.push(Cached { hpa, stale: false });
+                    cache(found.level, found.hpa.0, kind);
                 }
                 None
             }

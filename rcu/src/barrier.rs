@@ -95,6 +95,8 @@ impl Debt {
 /// The retire side of a domain.
 pub(crate) struct Fences {
     asymmetric: bool,
+    /// How many a reader is made to owe.
+    imposed: u64,
     /// Held by the one that imposes debts, until its barrier has passed.
     imposing: Mutex<()>,
 }
@@ -103,8 +105,15 @@ impl Fences {
     pub(crate) fn new(asymmetric: bool) -> Self {
         Self {
             asymmetric,
+            imposed: FENCES,
             imposing: Mutex::new(()),
         }
+    }
+
+    /// With debts that are paid off soon.
+    #[cfg(all(test, feature = "std", not(any(loom, shuttle))))]
+    pub(crate) fn imposing(self, imposed: u64) -> Self {
+        Self { imposed, ..self }
     }
 
     pub(crate) fn are_asymmetric(&self) -> bool {
@@ -122,7 +131,7 @@ impl Fences {
         for Debt(owed) in debts {
             // Relaxed: ordered by the fence above, and a debt of others by their barrier and the lock.
             if owed.load(Ordering::Relaxed) == 0 {
-                owed.store(FENCES, Ordering::Relaxed);
+                owed.store(self.imposed, Ordering::Relaxed);
                 wanted = true;
             }
         }

@@ -144,6 +144,11 @@ impl<G: Send + 'static> Domain<G> {
         let inner = &*self.inner;
         visit::forbid_own(&inner.collector);
         self.synchronize_sections();
+        // What has been retired goes to the collector before the flag does, because bags go in the order in which they
+        // came: each visit that ended has left one, and a drive takes only so many.
+        if inner.tally.pending() != 0 {
+            self.drive();
+        }
         // The collector drops what is deferred on it when all the visits of now have ended: a flag will do.
         let ended = Arc::new(AtomicBool::new(false));
         {

@@ -397,6 +397,25 @@ fn synchronize_waits_for_sections_and_visits() {
     );
 }
 
+/// Each visit leaves a bag with the collector, of which a drive takes a few: what was retired before the wait is freed all
+/// the same, however many of them are in its way.
+#[test]
+fn synchronize_frees_what_was_retired_before_many_visits() {
+    for visits in [1, 10, 100, 1000] {
+        let world = world(1 << 20);
+        world.retire();
+        let long = world.domain.visit();
+        for _ in 0..visits {
+            drop(world.domain.visit());
+        }
+        drop(long);
+        world.retire();
+        world.domain.synchronize();
+        assert_eq!(world.drops(), 2, "after {visits} visits");
+        assert_eq!(world.domain.pending(), 0);
+    }
+}
+
 #[test]
 fn sections_may_be_synchronized_from_within_a_visit() {
     let w = world(1000);

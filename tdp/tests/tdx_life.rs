@@ -276,6 +276,31 @@ fn building_excludes_every_other_call() {
 }
 
 #[test]
+fn who_comes_back_from_a_pause_has_forgotten_everything() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    done(td.mng_init());
+    rig.add_tables();
+    let mut vcpu = td.vp_create(control(3)).unwrap();
+    done(td.mr_finalize());
+    rig.map(0, PAGE, page(9));
+    let entered = |enter| match enter {
+        Enter::Inside(entered) => entered.flush,
+        other => panic!("{other:?}"),
+    };
+    assert!(entered(vcpu.enter(0)));
+    done(td.migrate(OpState::LiveExport));
+    let busy = td.migrate(OpState::PausedExport);
+    assert!(busy.is(Status::OperandBusy, Operand::RCX), "{busy}");
+    vcpu.exit(Exit::Other { rip: 0 });
+    done(td.migrate(OpState::PausedExport));
+    // Neither blocked nor tracked; then the export is given up.
+    done(td.mem_page_remove(at(0, PAGE)));
+    done(td.migrate(OpState::Runnable));
+    assert!(entered(vcpu.enter(0)));
+}
+
+#[test]
 fn what_is_removed_during_an_import_stays_marked() {
     let rig = Rig::created(Costs::default(), ());
     let td = &rig.td;

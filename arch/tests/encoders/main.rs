@@ -108,6 +108,15 @@ fn a_leaf_is_decoded<F: Machine>(scene: Scene) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// A leaf that is made once and then moved to its frame is one that was made there.
+fn a_leaf_can_be_moved<F: Machine>(scene: Scene) -> Result<(), TestCaseError> {
+    let (_, level, pfn, attrs, _) = scene;
+    let made = F::leaf(Pfn(0), level, attrs);
+    prop_assert_eq!(F::with_pfn(made, pfn), F::leaf(pfn, level, attrs));
+    prop_assert_eq!(F::with_pfn(made, Pfn(0)), made);
+    Ok(())
+}
+
 /// Software bits are nothing to the processor, in leaves and in tables.
 fn software_bits_mean_nothing<F: Machine>(
     scene: Scene,
@@ -379,6 +388,7 @@ macro_rules! properties {
 properties! {
     leaf_translates(scene in scenes(), access in accesses()) = a_leaf_translates;
     leaf_is_decoded(scene in scenes()) = a_leaf_is_decoded;
+    leaf_is_moved(scene in scenes()) = a_leaf_can_be_moved;
     software_bits(scene in scenes(), access in accesses(), bits in any::<u8>()) = software_bits_mean_nothing;
     access_tracked(scene in scenes(), access in accesses()) = an_access_tracked_leaf_faults;
     patterns(setup in setups(), gpa in (0..1u64 << 48).prop_map(Gpa), access in accesses()) = patterns_are_absent;

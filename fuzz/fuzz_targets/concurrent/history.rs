@@ -23,7 +23,7 @@ pub(crate) enum Did {
     Look(bool),
     /// The processor walked there; whether it got through.
     Touch { write: bool, through: bool },
-    /// At the end: whether there is a leaf, and whether its dirty flag is set.
+    /// When all are done: whether there is a leaf, and whether its dirty flag is set.
     Final(Option<bool>),
 }
 
@@ -35,18 +35,19 @@ pub(crate) struct Event {
     pub(crate) did: Did,
 }
 
+/// A leaf, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Leaf {
+pub(crate) struct Leaf {
     writable: bool,
     young: bool,
     /// A write went through: its dirty flag must be there.
     written: bool,
 }
 
-type State = Option<Leaf>;
+pub(crate) type State = Option<Leaf>;
 
 /// The state afterwards, if `did` can have happened in `state`.
-fn after(state: State, did: Did) -> Option<State> {
+pub(crate) fn after(state: State, did: Did) -> Option<State> {
     match (did, state) {
         (Did::Fault { fixed: true, .. }, None) => Some(Some(Leaf {
             writable: true,
@@ -101,34 +102,33 @@ fn after(state: State, did: Did) -> Option<State> {
     }
 }
 
-/// Whether the events of the threads, each in its own order, can be told as one history.
-pub(crate) fn is_possible(threads: &[Vec<Event>]) -> bool {
+/// In which states the frame may be after the events of the threads, each in its own order, if it was in one of `before`. None
+/// if the events cannot be told as one history.
+pub(crate) fn endings<const THREADS: usize>(
+    threads: &[&[Event]; THREADS],
+    before: &HashSet<State>,
+) -> HashSet<State> {
+    let mut endings = HashSet::new();
     let mut seen = HashSet::new();
-    let mut open = vec![(vec![0usize; threads.len()], None)];
+    let mut open: Vec<_> = before.iter().map(|&state| ([0; THREADS], state)).collect();
     while let Some((told, state)) = open.pop() {
-        if told
-            .iter()
-            .zip(threads)
-            .all(|(&n, events)| n == events.len())
-        {
-            return true;
-        }
         let next = |t: usize| threads[t].get(told[t]);
-        let first_end = (0..threads.len())
-            .filter_map(|t| Some(next(t)?.ended))
-            .min();
-        for t in 0..threads.len() {
-            let Some(event) = next(t).filter(|event| Some(event.began) <= first_end) else {
+        let Some(first_end) = (0..THREADS).filter_map(|t| Some(next(t)?.ended)).min() else {
+            endings.insert(state);
+            continue;
+        };
+        for t in 0..THREADS {
+            let Some(event) = next(t).filter(|event| event.began <= first_end) else {
                 continue;
             };
             if let Some(state) = after(state, event.did) {
-                let mut told = told.clone();
+                let mut told = told;
                 told[t] += 1;
-                if seen.insert((told.clone(), state)) {
+                if seen.insert((told, state)) {
                     open.push((told, state));
                 }
             }
         }
     }
-    false
+    endings
 }

@@ -2,7 +2,9 @@
 //! to a history of one operation after the other.
 //!
 //! The fuzzer chooses the operations, their frames and how long each thread waits before each; when exactly they meet is the
-//! machine's. All leaves are small, so that frames do not depend on each other. A retry changes nothing.
+//! machine's. So that operations of a few hundred instructions do meet, to the instruction, the same ones are run over and
+//! over, each time with the threads shifted against each other. All leaves are small, so that frames do not depend on each
+//! other. A retry changes nothing.
 #![no_main]
 
 #[path = "../../../tdp/tests/common/mod.rs"]
@@ -13,8 +15,9 @@ use arbitrary::Arbitrary;
 use common::host::{Memory, SharedPool};
 use common::processor::{Processor, guest_access};
 use common::rig::{Rig, RigSetup, pool};
-use history::{Did, Event, is_possible};
+use history::{Did, Event, after, endings};
 use libfuzzer_sys::fuzz_target;
+use std::collections::HashSet;
 use std::hint::spin_loop;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -27,6 +30,10 @@ use tdp_arch::walker::{WalkError, Walker};
 const SPACE: AddressSpaceId = AddressSpaceId(0);
 const THREADS: usize = 3;
 const MOST_OPS: usize = 8;
+/// How often the threads do what they do.
+const ROUNDS: usize = 16;
+/// Pauses by which the threads are shifted against each other, at most.
+const MOST_SHIFT: usize = 24;
 const FRAMES: usize = 512;
 /// Frames of the guest, on both sides of the border between two tables.
 const GFNS: [u64; 4] = [0x1fe, 0x1ff, 0x200, 0x201];
@@ -56,8 +63,35 @@ enum Op {
 struct World<'a, F: Processor> {
     rig: &'a Rig<F>,
     clock: AtomicU64,
-    ready: AtomicUsize,
+    arrived: AtomicUsize,
 }
+
+impl<F: Processor> World<'_, F> {
+    /// Waits for the others, who come here as often.
+    fn meet(&self, times: &mut usize) {
+        *times += 1;
+        self.arrived.fetch_add(1, Ordering::SeqCst);
+        let mut looks = 0;
+        while self.arrived.load(Ordering::SeqCst) < *times * THREADS {
+            looks += 1;
+            if looks % 64 == 0 {
+                // Not all may have a processor.
+                std::thread::yield_now();
+            } else {
+                spin_loop();
+            }
+        }
+    }
+
+    /// What there is when nobody does anything.
+    fn rest(&self, gfn: u64) -> Did {
+        let leaf = self.rig.mmu.translate(SPACE, Gfn(gfn));
+        Did::Final(leaf.map(|leaf| leaf.spte.0 & F::DIRTY != 0))
+    }
+}
+
+/// What was seen of each frame.
+type Seen = [Vec<Event>; GFNS.len()];
 
 /// One thread.
 struct Hand<'a, F: Processor> {
@@ -65,7 +99,10 @@ struct Hand<'a, F: Processor> {
     vcpu: Vcpu<F, common::host::TestHost>,
     tlb: TlbVcpu,
     root: Hpa,
-    seen: [Vec<Event>; GFNS.len()],
+    /// In each round.
+    seen: Vec<Seen>,
+    /// After each round, by one of the threads.
+    rests: Vec<[Did; GFNS.len()]>,
 }
 
 impl<F: Processor> Hand<'_, F> {
@@ -151,14 +188,13 @@ impl<F: Processor> Hand<'_, F> {
         (Some(did), false)
     }
 
-    fn run(mut self, ops: &[(Op, u8, u8)]) -> [Vec<Event>; GFNS.len()] {
-        self.world.ready.fetch_add(1, Ordering::SeqCst);
-        while self.world.ready.load(Ordering::SeqCst) < THREADS {
-            std::thread::yield_now();
-        }
+    fn round(&mut self, ops: &[(Op, u8, u8)]) {
+        let mut seen = Seen::default();
         for &(op, at, delay) in ops.iter().take(MOST_OPS) {
             match delay {
-                0..0xf8 => (0..delay).for_each(|_| spin_loop()),
+                0..0x80 => {}
+                0x80..0xf0 => (0..delay & 0xf).for_each(|_| spin_loop()),
+                0xf0..0xf8 => (0..delay).for_each(|_| spin_loop()),
                 _ => std::thread::yield_now(),
             }
             let at = usize::from(at) % GFNS.len();
@@ -166,13 +202,29 @@ impl<F: Processor> Hand<'_, F> {
             let (did, everywhere) = self.operate(op, at);
             let ended = self.now();
             let Some(did) = did else { continue };
-            for (n, seen) in self.seen.iter_mut().enumerate() {
+            for (n, seen) in seen.iter_mut().enumerate() {
                 if everywhere || n == at {
                     seen.push(Event { began, ended, did });
                 }
             }
         }
-        self.seen
+        self.seen.push(seen);
+    }
+
+    /// All rounds of thread `number`, the first of which looks at what there is after each.
+    fn run(mut self, number: usize, ops: &[(Op, u8, u8)]) -> Self {
+        let mut times = 0;
+        for round in 0..ROUNDS {
+            self.world.meet(&mut times);
+            let shift = round * [0, 1, 5][number % 3] % MOST_SHIFT;
+            (0..shift).for_each(|_| spin_loop());
+            self.round(ops);
+            self.world.meet(&mut times);
+            if number == 0 {
+                self.rests.push(GFNS.map(|gfn| self.world.rest(gfn)));
+            }
+        }
+        self
     }
 }
 
@@ -189,7 +241,7 @@ fn check<F: Processor>(input: &Input) {
     let world = World {
         rig: &rig,
         clock: AtomicU64::new(0),
-        ready: AtomicUsize::new(0),
+        arrived: AtomicUsize::new(0),
     };
     let hand = || {
         let mut vcpu = rig.vcpu();
@@ -198,41 +250,44 @@ fn check<F: Processor>(input: &Input) {
             vcpu,
             tlb: rig.host().tlb().vcpu(),
             world: &world,
-            seen: Default::default(),
+            seen: Vec::with_capacity(ROUNDS),
+            rests: Vec::new(),
         }
     };
     let [first, others @ ..] = &input.threads;
     let hands = [hand(), hand()];
     let own = hand();
-    let mut seen = std::thread::scope(|scope| {
+    let hands: Vec<_> = std::thread::scope(|scope| {
         let running: Vec<_> = hands
             .into_iter()
             .zip(others)
-            .map(|(hand, ops)| scope.spawn(|| hand.run(ops)))
+            .zip(1..)
+            .map(|((hand, ops), number)| scope.spawn(move || hand.run(number, ops)))
             .collect();
-        let mut seen = vec![own.run(first)];
+        let own = own.run(0, first);
         // A thread that panicked has stopped the fuzzer.
-        seen.extend(running.into_iter().filter_map(|thread| thread.join().ok()));
-        seen
+        let others = running.into_iter().filter_map(|thread| thread.join().ok());
+        [own].into_iter().chain(others).collect()
     });
-    // What is left in the end is seen by one more.
-    let now = world.clock.load(Ordering::SeqCst);
-    seen.push(GFNS.map(|gfn| {
-        let leaf = rig.mmu.translate(SPACE, Gfn(gfn));
-        let last = Did::Final(leaf.map(|leaf| leaf.spte.0 & F::DIRTY != 0));
-        vec![Event {
-            began: now,
-            ended: now,
-            did: last,
-        }]
-    }));
     for (n, gfn) in GFNS.iter().enumerate() {
-        let threads: Vec<_> = seen.iter().map(|seen| seen[n].clone()).collect();
-        assert!(
-            is_possible(&threads),
-            "no history of frame {gfn:#x}: {threads:#?}"
-        );
+        let mut states = HashSet::from([None]);
+        for round in 0..ROUNDS {
+            let threads: [&[Event]; THREADS] =
+                std::array::from_fn(|t| hands[t].seen[round][n].as_slice());
+            let rest = hands[0].rests[round][n];
+            let next = endings(&threads, &states);
+            let next: HashSet<_> = next
+                .iter()
+                .filter_map(|&state| after(state, rest))
+                .collect();
+            assert!(
+                !next.is_empty(),
+                "no history of frame {gfn:#x} from one of {states:?} to {rest:?}: {threads:#?}"
+            );
+            states = next;
+        }
     }
+    drop(hands);
     rig.mmu.synchronize();
     let (audit, stats) = (rig.mmu.audit(), rig.mmu.stats());
     assert_eq!(stats.garbage.pending, 0);

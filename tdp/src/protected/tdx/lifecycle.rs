@@ -114,7 +114,8 @@ impl OpState {
             S::StateImport => matches!(self, S::MemoryImport),
             S::PostImport => matches!(self, S::StateImport),
             S::LiveImport => matches!(self, S::PostImport),
-            S::FailedImport => self.is_importing(),
+            // Once the TD may run, an import that fails is only over.
+            S::FailedImport => self.is_importing() && !self.may_run(),
         }
     }
 }

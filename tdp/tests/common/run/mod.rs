@@ -101,6 +101,14 @@ struct Running<'m, F: Processor> {
     flushed: Option<Flushed>,
 }
 
+/// A sweep that is not flushed yet.
+struct Held<'m, F: Processor> {
+    pending: PendingFlush<'m, F, TestHost>,
+    space: usize,
+    /// The leaves that it took away.
+    gone: Vec<GfnRange>,
+}
+
 struct FlatSlot {
     id: SlotId,
     space: usize,
@@ -143,7 +151,7 @@ struct Run<'m, F: Processor> {
     watchers: Vec<Vcpu<F, TestHost>>,
     roots: BTreeMap<u64, FlatRoot>,
     slots: Vec<FlatSlot>,
-    held: Vec<PendingFlush<'m, F, TestHost>>,
+    held: Vec<Held<'m, F>>,
     teardowns: Vec<(RootTeardown<F, TestHost>, Vec<u64>)>,
     running: Vec<Running<'m, F>>,
     /// Host frames that belong to somebody else by now.
@@ -263,9 +271,7 @@ impl<'m, F: Processor> Run<'m, F> {
                 hold,
             } => self.zap(usize::from(space) % 2, span, leaves_only, hold),
             Op::Flush => {
-                for pending in self.held.drain(..) {
-                    pending.flush();
-                }
+                self.flush_held();
                 Gfn(0)
             }
             Op::Begin { .. } | Op::Sweep { .. } | Op::End { .. } => self.invalidate(op),
@@ -392,6 +398,7 @@ impl<'m, F: Processor> Run<'m, F> {
         } else {
             mmu.zap(id, range)
         };
+        let gone = self.leaves_in(space, range);
         let expected = self.each_tree(space, |tree| {
             if leaves_only {
                 tree.zap_leaves(range)
@@ -404,12 +411,48 @@ impl<'m, F: Processor> Run<'m, F> {
             tables: pending.tables(),
         };
         assert_eq!(zapped, expected, "zap of {range}");
+        let swept = Held {
+            pending,
+            space,
+            gone,
+        };
         if hold && self.held.len() < MOST_RUNNING {
-            self.held.push(pending);
+            self.held.push(swept);
         } else {
-            pending.flush();
+            self.flush(swept);
         }
         range.start
+    }
+
+    /// What is mapped of a range, by any root.
+    fn leaves_in(&self, space: usize, range: GfnRange) -> Vec<GfnRange> {
+        let roots = self.roots.values().filter(|root| root.space == space);
+        let leaves = roots.flat_map(|root| &root.tree.leaves);
+        leaves
+            .map(|(&start, leaf)| leaf.level.range(Gfn(start)))
+            .filter(|leaf| leaf.overlaps(range))
+            .collect()
+    }
+
+    /// Flushes: the host is told of every leaf that is gone.
+    fn flush(&self, swept: Held<'m, F>) -> Flushed {
+        let host = self.rig.host();
+        host.take_flushes();
+        let flushed = swept.pending.flush();
+        let asked = host.take_flushes();
+        for leaf in swept.gone {
+            let told = asked.iter().any(|request| {
+                request.as_id == space_id(swept.space) && request.range.covers(leaf)
+            });
+            assert!(told, "{leaf} is gone, and flushed was {asked:?}");
+        }
+        flushed
+    }
+
+    fn flush_held(&mut self) {
+        for swept in core::mem::take(&mut self.held) {
+            self.flush(swept);
+        }
     }
 
     fn invalidate(&mut self, op: Op) -> Gfn {
@@ -437,7 +480,12 @@ impl<'m, F: Processor> Run<'m, F> {
         if let Op::Sweep { .. } = op {
             let pending = self.running[at].guard.zap();
             let leaves = pending.leaves();
-            self.running[at].flushed = Some(pending.flush());
+            let gone = self.leaves_in(space, range);
+            self.running[at].flushed = Some(self.flush(Held {
+                pending,
+                space,
+                gone,
+            }));
             let expected = self.each_tree(space, |tree| tree.zap_leaves(range));
             assert_eq!(leaves, expected.leaves, "invalidation of {range}");
         } else {
@@ -476,7 +524,7 @@ impl<'m, F: Processor> Run<'m, F> {
     /// Lets everything come to rest.
     fn finish(mut self) {
         self.rig.frames().starve(false);
-        self.held.clear();
+        self.flush_held();
         while !self.running.is_empty() {
             self.end_invalidation(0);
         }

@@ -95,19 +95,34 @@ impl Td {
     }
 
     /// Stands for the export and import calls: changes the operational state as one of them would
-    /// ([`OpState::leads_to`]), and nothing else. `OP_STATE_INCORRECT` where none does.
+    /// ([`OpState::leads_to`]). `OP_STATE_INCORRECT` where none does. Nothing else changes, but for the TLB epoch, which the
+    /// call that pauses the TD for its export advances: what is taken away from then on need not be tracked.
     pub fn migrate(&self, to: OpState) -> Answer {
         let td = &*self.inner;
         let call = Call::Migrate;
         td.run(call, [to as u64, 0], || {
-            let _root = td.lock_root(call)?;
+            let pauses = to == OpState::PausedExport;
+            // To pause needs every vCPU outside.
+            let mode = if pauses {
+                Mode::Exclusive
+            } else {
+                Mode::Shared
+            };
+            let _root = td.lock_root_as(call, mode)?;
             td.in_lifecycle(Lifecycle::KeysConfigured)
                 .map_err(|_| Refusal::new(Status::TdKeysNotConfigured, Operand::NONE))?;
             let _op_state = td.lock_op_state(Mode::Exclusive)?;
             if !td.op_state().leads_to(to) {
                 return Err(Refusal::new(Status::OpStateIncorrect, Operand::NONE));
             }
+            if pauses && !td.epochs.may_advance() {
+                return Err(Refusal::new(Status::PreviousTlbEpochBusy, Operand::NONE));
+            }
             td.inside(call);
+            if pauses {
+                // If the export is given up, each vCPU drops its translations when it enters again.
+                td.epochs.advance();
+            }
             td.set_op_state(to);
             Ok((0, 0))
         })

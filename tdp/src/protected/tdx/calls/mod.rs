@@ -253,8 +253,13 @@ impl TdInner {
 
     /// Step 1.
     pub(crate) fn lock_root(&self, call: Call) -> Result<PageLock<'_>, Refusal> {
+        self.lock_root_as(call, call.td_mode())
+    }
+
+    /// Step 1 of a call that does not always lock alike.
+    pub(crate) fn lock_root_as(&self, call: Call, mode: Mode) -> Result<PageLock<'_>, Refusal> {
         self.memory()
-            .lock_page(self.tdr, Level::L1, call.td_mode(), PageKind::Tdr)
+            .lock_page(self.tdr, Level::L1, mode, PageKind::Tdr)
             .map_err(|status| Refusal::new(status, call.td_operand()))
     }
 
