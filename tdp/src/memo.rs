@@ -127,13 +127,13 @@ impl Wish {
 
 #[allow(unsafe_code)]
 // UNSAFETY: there are raw pointers in it, which the compiler takes for thread-bound.
-// SAFETY: it is dereferenced in `Current::slot` only, and the page of a table in `Current::last`, under the rule of the stamp,
+// SAFETY: it is dereferenced in `Current::slot` only, and the page of a table in `Current::page`, under the rule of the stamp,
 // whichever thread runs it; a slot may be used from any thread because `B` is `Send` and `Sync`, a page holds atomics.
 unsafe impl<B: Send + Sync> Send for Memo<B> {}
 
 #[allow(unsafe_code)]
 // UNSAFETY: as above, for pages of tables.
-// SAFETY: they are dereferenced in `Current::table` only, under the same rule, and hold atomics.
+// SAFETY: they are dereferenced in `Current::page` only, under the same rule, and hold atomics.
 unsafe impl Send for Tables {}
 
 impl<B> Memo<B> {
@@ -222,7 +222,6 @@ impl<'s, B> Current<'_, 's, B> {
     /// The table of level 1 of `gfn` with its page, if it was used last. It may have been unlinked since. The frame is known
     /// where events are told.
     #[inline(always)]
-    #[allow(unsafe_code)]
     pub(crate) fn last(&self, gfn: Gfn) -> Option<(Pfn, &'s TablePage)> {
         let last = self.memo.last.get();
         if last.region != Last::region(gfn) {
@@ -232,9 +231,7 @@ impl<'s, B> Current<'_, 's, B> {
         let pfn = last.pfn;
         #[cfg(not(feature = "tracing"))]
         let pfn = Pfn(0);
-        // UNSAFETY: a pointer kept from an earlier critical section.
-        // SAFETY: as for a table of level 2 below.
-        Some((pfn, unsafe { last.page.as_ref() }))
+        Some((pfn, self.page(last.page)))
     }
 
     /// Remembers the table of level 1 used last.
@@ -245,17 +242,23 @@ impl<'s, B> Current<'_, 's, B> {
 
     /// The table of level 2 above `gfn`, if it is remembered. It may have been unlinked since.
     #[inline(always)]
-    #[allow(unsafe_code)]
     pub(crate) fn table(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
         let region = Tables::region(gfn);
         let table = &tables.0[Tables::place(region)];
         if table.region != region {
             return None;
         }
+        Some(self.page(table.page))
+    }
+
+    /// A table that is remembered.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn page(&self, page: NonNull<TablePage>) -> &'s TablePage {
         // UNSAFETY: a pointer kept from an earlier critical section.
         // SAFETY: it came from a frame source, which promises a valid page for as long as it lives; that it is still the same
         // table is what the stamp says (INV: flush-before-reuse). What is in the page is atomic.
-        Some(unsafe { table.page.as_ref() })
+        unsafe { page.as_ref() }
     }
 
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
