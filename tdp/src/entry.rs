@@ -136,6 +136,7 @@ impl EntryRef<'_> {
     }
 
     /// Exchanges `old` for the *sealed* pattern, in a table whose own entry is frozen by the caller.
+    #[inline(always)]
     pub(crate) fn seal_if<F: Format>(self, old: Spte) -> Result<(), Spte> {
         self.0
             .compare_exchange(old, F::SEALED, Ordering::AcqRel, Ordering::Acquire)
@@ -167,6 +168,7 @@ impl EntryRef<'_> {
     /// Puts the *sealed* pattern into an entry of an unlinked table of `level` and returns what it replaced, hardware's last
     /// accessed and dirty bits included; the caller keeps the books. Waits while the entry is frozen: its owner is about to
     /// store to it.
+    #[inline(always)]
     pub(crate) fn seal<F: Format>(self, level: Level) -> Spte {
         // INV: unlink-seals, volatile-atomic.
         let mut old = self.load_thawed::<F>();
