@@ -1,7 +1,7 @@
 //! What a vCPU remembers from fault to fault, so that the common one neither searches nor walks.
 //!
 //! Protocol. A memo holds what was found in earlier critical sections of its vCPU, all under one *stamp* of the epoch domain:
-//! the slot used last, the tables of level 2 used last, the table of level 1 used last, and the bits of the leaf made last. A section whose stamp is the same
+//! the slot used last, the tables of levels 1 and 2 used last, and the bits of the leaf made last. A section whose stamp is the same
 //! may go by it ([`Memo::current`]); with any other stamp the memo is emptied first ([`Memo::renew`]). The stamp moves
 //!
 //! * with each grace period of what is retired, so what a memo points to is memory, and still what it was: a table may have
@@ -24,9 +24,10 @@ use core::ptr::NonNull;
 use tdp_arch::{Format, Gfn, LeafAttrs, Level, Pfn, Spte};
 use tdp_rcu::{Section, Stamp};
 
-/// Tables of level 2 that are remembered: 32 GiB of guest memory. Those below are as many as a guest has pages by the
-/// hundred: to look one up would cost more than to read its entry. A model checker gets as many as it can tell apart.
-const TABLES: usize = if cfg!(loom) { 2 } else { 32 };
+/// Tables of level 1 that are remembered: 256 MiB of guest memory. A model checker gets as many as it can tell apart.
+const SMALL: usize = if cfg!(loom) { 2 } else { 128 };
+/// Tables of level 2 that are remembered: 32 GiB.
+const LARGE: usize = if cfg!(loom) { 2 } else { 32 };
 
 /// See the module. What a fault reads of it in any case comes first.
 #[repr(C)]
@@ -35,33 +36,23 @@ pub(crate) struct Memo<B> {
     /// Null for none.
     slot: *const Slot<B>,
     recipe: Recipe,
-    /// The table of level 1 used last.
-    last: Cell<Last>,
 }
 
-/// The tables that are part of the memo, apart from it because of their size.
-pub(crate) struct Tables([Table; TABLES]);
+/// The tables that are part of the memo, apart from it because of their size. The more of a guest one leads to, the fewer are
+/// needed, and the longer the way from there.
+pub(crate) struct Tables {
+    /// Of level 1.
+    small: [Cell<Table>; SMALL],
+    /// Of level 2.
+    large: [Table; LARGE],
+}
 
-/// A table of level 2. Aligned, so that it lies in one cache line.
+/// A table.
 #[derive(Clone, Copy)]
-#[repr(align(16))]
+#[cfg_attr(not(feature = "tracing"), repr(align(16)))]
+#[cfg_attr(feature = "tracing", repr(align(32)))]
 struct Table {
     /// Guest frames without the bits that choose an entry here or below; [`Table::NONE`]'s is that of no frame.
-    region: u64,
-    page: NonNull<TablePage>,
-}
-
-impl Table {
-    const NONE: Self = Self {
-        region: u64::MAX,
-        page: NonNull::dangling(),
-    };
-}
-
-/// A table of level 1.
-#[derive(Clone, Copy)]
-struct Last {
-    /// Guest frames without the bits that choose an entry; that of no frame for none.
     region: u64,
     page: NonNull<TablePage>,
     /// The same page, for whom events are told.
@@ -69,7 +60,7 @@ struct Last {
     pfn: Pfn,
 }
 
-impl Last {
+impl Table {
     const NONE: Self = Self {
         region: u64::MAX,
         page: NonNull::dangling(),
@@ -78,8 +69,22 @@ impl Last {
     };
 
     #[inline(always)]
-    const fn region(gfn: Gfn) -> u64 {
-        gfn.0 >> Level::L2.gfn_shift()
+    fn new(region: u64, _pfn: Pfn, page: &TablePage) -> Self {
+        Self {
+            region,
+            page: NonNull::from(page),
+            #[cfg(feature = "tracing")]
+            pfn: _pfn,
+        }
+    }
+
+    /// Its frame, where events are told.
+    #[inline(always)]
+    fn pfn(&self) -> Pfn {
+        #[cfg(feature = "tracing")]
+        return self.pfn;
+        #[cfg(not(feature = "tracing"))]
+        Pfn(0)
     }
 }
 
@@ -126,9 +131,9 @@ impl Wish {
 }
 
 #[allow(unsafe_code)]
-// UNSAFETY: there are raw pointers in it, which the compiler takes for thread-bound.
-// SAFETY: it is dereferenced in `Current::slot` only, and the page of a table in `Current::page`, under the rule of the stamp,
-// whichever thread runs it; a slot may be used from any thread because `B` is `Send` and `Sync`, a page holds atomics.
+// UNSAFETY: the slot is a raw pointer, which the compiler takes for thread-bound.
+// SAFETY: it is dereferenced in `Current::slot` only, under the rule of the stamp, whichever thread runs it; a slot may be used from
+// any thread because `B` is `Send` and `Sync`.
 unsafe impl<B: Send + Sync> Send for Memo<B> {}
 
 #[allow(unsafe_code)]
@@ -146,7 +151,6 @@ impl<B> Memo<B> {
                 pfn_bits: 0,
                 leaf: Spte(0),
             },
-            last: Cell::new(Last::NONE),
         }
     }
 
@@ -163,7 +167,7 @@ impl<B> Memo<B> {
     #[cold]
     pub(crate) fn renew(&mut self, tables: &mut Tables, stamp: Stamp) {
         *self = Self::new();
-        tables.0 = [Table::NONE; TABLES];
+        *tables = Tables::new();
         self.stamp = stamp;
     }
 
@@ -176,17 +180,6 @@ impl<B> Memo<B> {
     #[inline(always)]
     pub(crate) fn note_slot(&mut self, slot: &Slot<B>) {
         self.slot = slot;
-    }
-
-    /// Remembers the table of level 1 of `gfn`.
-    #[inline(always)]
-    pub(crate) fn note_last(&self, gfn: Gfn, _pfn: Pfn, page: &TablePage) {
-        self.last.set(Last {
-            region: Last::region(gfn),
-            page: NonNull::from(page),
-            #[cfg(feature = "tracing")]
-            pfn: _pfn,
-        });
     }
 
     /// Remembers how the leaf was made that answers a wish.
@@ -219,36 +212,21 @@ impl<'s, B> Current<'_, 's, B> {
         slot.contains(gfn).then_some(slot)
     }
 
-    /// The table of level 1 of `gfn` with its page, if it was used last. It may have been unlinked since. The frame is known
-    /// where events are told.
+    /// The table of level 1 of `gfn`, with its frame where events are told, if it is remembered. It may have been unlinked
+    /// since.
     #[inline(always)]
-    pub(crate) fn last(&self, gfn: Gfn) -> Option<(Pfn, &'s TablePage)> {
-        let last = self.memo.last.get();
-        if last.region != Last::region(gfn) {
-            return None;
-        }
-        #[cfg(feature = "tracing")]
-        let pfn = last.pfn;
-        #[cfg(not(feature = "tracing"))]
-        let pfn = Pfn(0);
-        Some((pfn, self.page(last.page)))
-    }
-
-    /// Remembers the table of level 1 used last.
-    #[inline(always)]
-    pub(crate) fn note_last(&self, gfn: Gfn, pfn: Pfn, page: &TablePage) {
-        self.memo.note_last(gfn, pfn, page);
+    pub(crate) fn small(&self, tables: &Tables, gfn: Gfn) -> Option<(Pfn, &'s TablePage)> {
+        let region = Tables::small_region(gfn);
+        let table = tables.small[region as usize % SMALL].get();
+        (table.region == region).then(|| (table.pfn(), self.page(table.page)))
     }
 
     /// The table of level 2 above `gfn`, if it is remembered. It may have been unlinked since.
     #[inline(always)]
-    pub(crate) fn table(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
-        let region = Tables::region(gfn);
-        let table = &tables.0[Tables::place(region)];
-        if table.region != region {
-            return None;
-        }
-        Some(self.page(table.page))
+    pub(crate) fn large(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
+        let region = Tables::large_region(gfn);
+        let table = &tables.large[region as usize % LARGE];
+        (table.region == region).then(|| self.page(table.page))
     }
 
     /// A table that is remembered.
@@ -272,26 +250,33 @@ impl<'s, B> Current<'_, 's, B> {
 
 impl Tables {
     pub(crate) const fn new() -> Self {
-        Self([Table::NONE; TABLES])
+        Self {
+            small: [const { Cell::new(Table::NONE) }; SMALL],
+            large: [Table::NONE; LARGE],
+        }
     }
 
     #[inline(always)]
-    const fn region(gfn: Gfn) -> u64 {
+    const fn small_region(gfn: Gfn) -> u64 {
+        gfn.0 >> Level::L2.gfn_shift()
+    }
+
+    #[inline(always)]
+    const fn large_region(gfn: Gfn) -> u64 {
         gfn.0 >> Level::L3.gfn_shift()
     }
 
+    /// Remembers the table of level 1 of `gfn`.
     #[inline(always)]
-    const fn place(region: u64) -> usize {
-        region as usize % TABLES
+    pub(crate) fn note_small(&self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
+        let region = Self::small_region(gfn);
+        self.small[region as usize % SMALL].set(Table::new(region, pfn, page));
     }
 
     /// Remembers the table of level 2 above `gfn`.
     #[inline(always)]
-    pub(crate) fn note(&mut self, gfn: Gfn, page: &TablePage) {
-        let region = Self::region(gfn);
-        self.0[Self::place(region)] = Table {
-            region,
-            page: NonNull::from(page),
-        };
+    pub(crate) fn note_large(&mut self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
+        let region = Self::large_region(gfn);
+        self.large[region as usize % LARGE] = Table::new(region, pfn, page);
     }
 }

@@ -60,7 +60,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let memo = self.memo.current(section)?;
         // The recipe may be another slot's.
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
-        let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup(slot, gfn, fault.access) else {
+        let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {
             return None;
         };
         let wish = Wish::new(&mapping, fault.max_level, fault.prefetch);
@@ -94,11 +94,11 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !mapping.perms.contains(access.needs()) {
             return None;
         }
-        let table = match memo.last(gfn) {
+        let table = match memo.small(&self.tables, gfn) {
             Some(table) => table,
             None => {
-                let table = self.ctx.below(memo.table(&self.tables, gfn)?, gfn)?;
-                memo.note_last(gfn, table.0, table.1);
+                let table = self.ctx.below(memo.large(&self.tables, gfn)?, gfn)?;
+                self.tables.note_small(gfn, table);
                 table
             }
         };
@@ -129,7 +129,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !slot.is_plain() {
             return Fast::GaveUp;
         }
-        let Lookup::Mapped(mapping) = self.ctx.shared.host.lookup(slot, gfn, access) else {
+        let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, access) else {
             return Fast::GaveUp;
         };
         let goal = max_level.min(mapping.level);
@@ -180,22 +180,22 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         // The common case is compiled on its own, with every shift a constant.
         if goal == Level::L1 {
             let memo = self.memo.current(section);
-            let above = memo.and_then(|memo| memo.table(&self.tables, gfn));
+            let above = memo.and_then(|memo| memo.large(&self.tables, gfn));
             // A table that was unlinked since is sealed: the way from the root is tried too.
             let table = match above.and_then(|above| self.ctx.below(above, gfn)) {
                 Some(table) => table,
                 None => {
-                    let Some((_, above)) = self.ctx.table_of(gfn, Level::L2) else {
+                    let Some(above) = self.ctx.table_of(gfn, Level::L2) else {
                         return Fast::GaveUp;
                     };
-                    let Some(table) = self.ctx.below(above, gfn) else {
+                    let Some(table) = self.ctx.below(above.1, gfn) else {
                         return Fast::GaveUp;
                     };
-                    self.tables.note(gfn, above);
+                    self.tables.note_large(gfn, above);
                     table
                 }
             };
-            self.memo.note_last(gfn, table.0, table.1);
+            self.tables.note_small(gfn, table);
             let Some(entry) = self.ctx.small_entry_in(table, gfn) else {
                 return Fast::GaveUp;
             };
@@ -260,7 +260,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         {
             return Resolution::Done(outcome);
         }
-        let lookup = self.ctx.shared.host.lookup(slot, gfn, fault.access);
+        let lookup = self.ctx.host.lookup(slot, gfn, fault.access);
         if let Lookup::Mapped(mapping) = lookup {
             let limit = slot.level_at(gfn, fault.max_level.min(mapping.level));
             let goal = self.ctx.uniform_level(gfn, limit);
@@ -386,7 +386,7 @@ impl<F: Format, H: Host> Context<F, H> {
     /// The table that holds the entry of `gfn` at level `goal`, with its page, if all tables above it are there.
     #[inline(always)]
     fn table_of(&self, gfn: Gfn, goal: Level) -> Option<(Pfn, &TablePage)> {
-        let frames = self.shared.host.frames();
+        let frames = self.host.frames();
         let root = &*self.root;
         // From page to page, not from frame to frame: each level waits for the one above it, and two shifts less.
         let (mut page, mut table) = (table::page(frames, root.pfn), root.pfn);
@@ -412,7 +412,7 @@ impl<F: Format, H: Host> Context<F, H> {
             return None;
         }
         let table = F::pfn(spte);
-        Some((table, table::page(self.shared.host.frames(), table)))
+        Some((table, table::page(self.host.frames(), table)))
     }
 
     /// The entry of `gfn` in a table of level 1. No root is one, so that none needs to be asked.

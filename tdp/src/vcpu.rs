@@ -9,7 +9,7 @@
 use crate::dirty::DirtyRing;
 use crate::event;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
-use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames};
+use crate::host::{AddressSpaceId, FrameSource, Host, Mapping, OutOfFrames, SharedHost};
 use crate::memo::{Memo, Tables, Wish};
 use crate::mmu::{MmuError, Shared};
 use crate::private_fault::SentBack;
@@ -64,6 +64,8 @@ pub(crate) struct Context<F: Format, H: Host> {
     pub(crate) private_root: Option<Arc<Root<H>>>,
     /// What the module of the private half can do.
     pub(crate) capabilities: Capabilities,
+    /// The same as `shared`'s, one step nearer.
+    pub(crate) host: SharedHost<H>,
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) as_id: AddressSpaceId,
     /// Where it notes the pages that it lets be written, if there are rings.
@@ -91,6 +93,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 root,
                 private_root,
                 capabilities,
+                host: shared.host.clone(),
                 shared,
                 as_id,
                 ring,
