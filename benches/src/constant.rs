@@ -1,14 +1,16 @@
 //! The constant: what one fault costs over the least that it can cost, and the parts of which the difference is made.
 //!
-//! Three things are measured, in rounds that interleave them ([`crate::race`] says how the clock is read):
+//! Four things are measured, in rounds that interleave them ([`crate::race`] says how the clock is read):
 //!
 //! * *laps*: the whole fault and the bare map against the floor, pages in order and at random, tables in place;
 //! * *guard*: entering and leaving a critical section against a lone compare-exchange in the first-level cache;
+//! * *cold*: one fault and one pass of the floor, each after the caches were filled with other memory;
 //! * *invalidation*: of one page, begin to end, by one thread, while a vCPU faults without pause on the 2 MiB around it.
 //!
 //! With `--only` nothing is compared: one kind of lap runs, for a tool that counts its instructions. The count of two
 //! numbers of rounds, subtracted and divided by the pages between, is free of what happens before and after.
 
+mod cold;
 mod invalidation;
 
 use crate::baseline::Setup;
@@ -26,14 +28,15 @@ use clap::ValueEnum;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::hint::black_box;
-use tdp_arch::{AdBits, Ept, Level, Npt};
+use tdp_arch::{AdBits, Ept, Gfn, Level, Npt};
 use tdp_rcu::{Domain, DomainConfig};
 
 const ABOUT: &str = "\
 Measures what one fault of one vCPU costs, tables in place, over the least that it can cost: 'sequential' and 'random' are the
 whole fault over the floor (a raw walk and one compare-exchange), 'map' the bare install over it. 'guard_vs_cas' is a critical
-section entered and left, over a lone compare-exchange; 'guard_share' the same over a sequential fault. 'invalidation' is one
-page invalidated, zapped and flushed, begin to end, while a vCPU faults without pause beside it.
+section entered and left, over a lone compare-exchange; 'guard_share' the same over a sequential fault. 'cold' is one fault after
+the caches were filled with other memory, in nanoseconds and over a pass of the floor after the same. 'invalidation' is one page
+invalidated, zapped and flushed, begin to end, while a vCPU faults without pause beside it.
 
 All ratios are medians of rounds, and the less the better. --fences symmetric has every fault pay for its own fence.";
 
@@ -99,6 +102,7 @@ struct Row {
     fault_random: Laps,
     guard_ns: Vec<f64>,
     compare_exchange_ns: Vec<f64>,
+    cold: cold::Found,
     invalidation: invalidation::Found,
     leaked: u64,
 }
@@ -111,6 +115,8 @@ struct Ratios {
     map: f64,
     guard_vs_cas: f64,
     guard_share: f64,
+    cold: f64,
+    cold_fault_ns: f64,
     invalidation_median_ns: f64,
 }
 
@@ -124,6 +130,8 @@ impl Row {
             map: over(&self.map_sequential, &self.floor_sequential),
             guard_vs_cas: paired_ratio(&self.guard_ns, &self.compare_exchange_ns),
             guard_share: paired_ratio(&self.guard_ns, &self.fault_sequential.per_operation()),
+            cold: paired_ratio(&self.cold.fault_ns, &self.cold.floor_ns),
+            cold_fault_ns: median(&self.cold.fault_ns),
             invalidation_median_ns: self.invalidation.median_ns,
         }
     }
@@ -184,6 +192,8 @@ pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
             "map",
             "guard / cas",
             "guard / fault",
+            "cold",
+            "cold, ns",
             "invalidation, ns",
             "99 of 100",
         ],
@@ -196,6 +206,8 @@ pub fn run(args: &Args, output: &Output) -> Result<(), Error> {
                 format!("{:.2}", ratios.map),
                 format!("{:.2}", ratios.guard_vs_cas),
                 format!("{:.2}", ratios.guard_share),
+                format!("{:.2}", ratios.cold),
+                format!("{:.0}", ratios.cold_fault_ns),
                 format!("{:.0}", ratios.invalidation_median_ns),
                 format!("{:.0}", row.invalidation.p99_ns),
             ]
@@ -261,6 +273,16 @@ impl<C: Contender> Seated<C> {
         Ok(())
     }
 
+    /// Times one operation with every line cold, and brings the contender back to nothing mapped.
+    fn cold(&mut self, evictor: &cold::Evictor, gfn: Gfn) -> Result<f64, Error> {
+        let [Padded(worker)] = self.workers.as_mut_slice() else {
+            return Ok(f64::NAN);
+        };
+        let ns = evictor.time(&self.contender, worker, gfn)?;
+        self.contender.reset()?;
+        Ok(ns)
+    }
+
     fn leaked(self) -> u64 {
         drop(self.workers);
         self.contender.leaked()
@@ -320,6 +342,7 @@ fn measure<F: Walked>(args: &Args, progress: &Progress) -> Result<Option<Row>, E
     floor.count(&sequential, 1)?;
     fault.count(&sequential, 1)?;
     map.count(&sequential, 1)?;
+    let evictor = cold::Evictor::new();
     let mut row = Row {
         format: F::NAME,
         floor_sequential: Laps::of(&sequential),
@@ -329,6 +352,10 @@ fn measure<F: Walked>(args: &Args, progress: &Progress) -> Result<Option<Row>, E
         fault_random: Laps::of(&random),
         guard_ns: Vec::new(),
         compare_exchange_ns: Vec::new(),
+        cold: cold::Found {
+            evicted_by_bytes: evictor.bytes(),
+            ..cold::Found::default()
+        },
         invalidation: invalidation::Found::default(),
         leaked: 0,
     };
@@ -341,6 +368,11 @@ fn measure<F: Walked>(args: &Args, progress: &Progress) -> Result<Option<Row>, E
         fault.lap(&random, &mut row.fault_random)?;
         row.guard_ns.push(guard(asymmetric));
         row.compare_exchange_ns.push(compare_exchange());
+        // Another table each time.
+        let table = u64::from(round) % (pages / Level::L2.pages());
+        let gfn = Gfn(backing.gfns.start.0 + table * Level::L2.pages());
+        row.cold.floor_ns.push(floor.cold(&evictor, gfn)?);
+        row.cold.fault_ns.push(fault.cold(&evictor, gfn)?);
     }
     row.invalidation = invalidation::run::<F>(&fault.contender, backing.gfns)?;
     row.leaked = fault.leaked().saturating_add(map.leaked());

@@ -97,6 +97,18 @@ pub fn total_memory() -> Option<u64> {
     memory_info("MemTotal:")
 }
 
+/// Bytes of the largest cache of the first processor, or `None` if the system does not tell.
+pub fn largest_cache() -> Option<u64> {
+    let caches = std::fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    caches
+        .filter_map(|cache| {
+            let size = std::fs::read_to_string(cache.ok()?.path().join("size")).ok()?;
+            let kib: u64 = size.trim().strip_suffix('K')?.parse().ok()?;
+            kib.checked_mul(1024)
+        })
+        .max()
+}
+
 /// Bytes of the heap that are in use, or `None` if the C library does not tell.
 pub fn heap() -> Option<u64> {
     #[cfg(target_env = "gnu")]

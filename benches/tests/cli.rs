@@ -147,6 +147,8 @@ fn the_constant_has_its_ratios_for_each_format() {
                 "map",
                 "guard_vs_cas",
                 "guard_share",
+                "cold",
+                "cold_fault_ns",
                 "invalidation_median_ns",
             ] {
                 let figure = report["ratios"][format][ratio].as_f64();

@@ -258,16 +258,18 @@ pub const PLAN: &[Scenario] = &[
     Scenario {
         name: "constant",
         command: "constant",
-        quick: "-b 32M -i 5",
+        quick: "-b 128M -i 3",
         full: "-b 256M -i 3",
         about: "What one fault of one vCPU costs over the least that it can, tables in place; a critical section over a \
-                compare-exchange; a page invalidated beside a vCPU that faults.",
+                compare-exchange; a fault with every line cold; a page invalidated beside a vCPU that faults.",
         picks: &[
             cost("ratios.*.sequential"),
             cost("ratios.*.random"),
             cost("ratios.*.map"),
             cost("ratios.*.guard_vs_cas"),
             cost("ratios.*.guard_share"),
+            cost("ratios.*.cold"),
+            less("ratios.*.cold_fault_ns", "ns"),
             less("ratios.*.invalidation_median_ns", "ns"),
         ],
     },
