@@ -5,8 +5,9 @@
 //! may go by it ([`Memo::current`]); with any other stamp the memo is emptied first ([`Memo::renew`]). The stamp moves
 //!
 //! * with each grace period of what is retired, so what a memo points to is memory, and still what it was: a table may have
-//!   been unlinked meanwhile. Its entries are sealed then, or about to be (INV: unlink-seals): who comes by this way is no
-//!   other than one who walked down before and was slow;
+//!   been unlinked meanwhile. Its entries are sealed then, or about to be (INV: unlink-seals): who comes by this way once is no
+//!   other than one who walked down before and was slow. Who is told so that there is nothing to do makes sure of the way
+//!   from the root, or they would come for as long as the sealing takes;
 //! * after each publication of slots, after each beginning of an invalidation, after roots are made obsolete. Whoever
 //!   publishes these waits, if it has to, for the sections that began before; so a section that goes by the old stamp
 //!   is waited for, exactly as one that looked before the publication (`section.rs` of the epoch domain tells both orders).
@@ -237,6 +238,12 @@ impl<'s, B> Current<'_, 's, B> {
         // SAFETY: it came from a frame source, which promises a valid page for as long as it lives; that it is still the same
         // table is what the stamp says (INV: flush-before-reuse). What is in the page is atomic.
         unsafe { page.as_ref() }
+    }
+
+    /// Whether it is remembered how a leaf is made.
+    #[inline(always)]
+    pub(crate) fn has_recipe(&self) -> bool {
+        self.memo.recipe.wish != Wish::NONE
     }
 
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.

@@ -58,6 +58,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Option<Outcome> {
         let gfn = fault.gpa.gfn();
         let memo = self.memo.current(section)?;
+        // Without a recipe, as of a confidential guest, nothing would come of the look-up.
+        if !memo.has_recipe() {
+            return None;
+        }
         // The recipe may be another slot's.
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
         let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {
@@ -181,8 +185,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if goal == Level::L1 {
             let memo = self.memo.current(section);
             let above = memo.and_then(|memo| memo.large(&self.tables, gfn));
+            let remembered = above.and_then(|above| self.ctx.below(above, gfn));
             // A table that was unlinked since is sealed: the way from the root is tried too.
-            let table = match above.and_then(|above| self.ctx.below(above, gfn)) {
+            let table = match remembered {
                 Some(table) => table,
                 None => {
                     let Some(above) = self.ctx.table_of(gfn, Level::L2) else {
@@ -204,8 +209,18 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
                 self.memo
                     .note_leaf::<F>(wish, attrs, self.ctx.shared.pfn_limit);
             }
-            self.ctx
-                .map_in(entry, gfn, mapping, Level::L1, access, prefetch)
+            let fast = self
+                .ctx
+                .map_in(entry, gfn, mapping, Level::L1, access, prefetch);
+            // Unlinked and not sealed yet, the table has leaves that the processor does not see: it would come again and
+            // again, and be told each time that all is well.
+            if matches!(fast, Fast::Spurious)
+                && remembered.is_some()
+                && !self.ctx.leads_to(gfn, table.1)
+            {
+                return Fast::GaveUp;
+            }
+            fast
         } else if self.ctx.shared.nx.is_on() {
             Fast::GaveUp
         } else {
@@ -413,6 +428,13 @@ impl<F: Format, H: Host> Context<F, H> {
         }
         let table = F::pfn(spte);
         Some((table, table::page(self.host.frames(), table)))
+    }
+
+    /// Whether the way from the root leads to a table of level 1.
+    #[inline(never)]
+    fn leads_to(&self, gfn: Gfn, page: &TablePage) -> bool {
+        self.table_of(gfn, Level::L1)
+            .is_some_and(|(_, found)| core::ptr::eq(found, page))
     }
 
     /// The entry of `gfn` in a table of level 1. No root is one, so that none needs to be asked.

@@ -109,6 +109,44 @@ fn a_shared_fault_against_conversion_to_private() {
     });
 }
 
+/// The same for a fault that goes the short way, below a table that is there: it looks whether the frame is shared only after it
+/// has made sure that no conversion is under way.
+#[test]
+fn a_quick_shared_fault_against_conversion_to_private() {
+    explore("quick shared fault x convert", Some(3), || {
+        let world = World::confidential(Manner::default(), false);
+        let mut vcpu = world.vcpu();
+        for gfn in [A, B] {
+            world
+                .mmu
+                .convert(SPACE, only(gfn), Visibility::Shared)
+                .unwrap();
+        }
+        assert!(matches!(touch(&mut vcpu, B, false), Outcome::Fixed { .. }));
+
+        let other = thread::spawn(move || {
+            let outcome = touch(&mut vcpu, A, false);
+            (vcpu, outcome)
+        });
+        world
+            .mmu
+            .convert(SPACE, only(A), Visibility::Private)
+            .unwrap();
+        let (mut vcpu, outcome) = other.join().unwrap();
+
+        let allowed = matches!(
+            outcome,
+            Outcome::Fixed { .. }
+                | Outcome::Retry(_)
+                | Outcome::MemoryFault(MemoryFault::IsPrivate)
+        );
+        assert!(allowed, "{outcome:?}");
+        assert_eq!(mapped(&world, &mut vcpu), [false, false]);
+        world.audit_private();
+        world.finish([vcpu]);
+    });
+}
+
 /// Two conversions of one frame to either side: whichever closes last, what the attributes forbid is not mapped.
 #[test]
 fn two_conversions() {
