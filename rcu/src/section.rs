@@ -313,7 +313,7 @@ pub struct Section<'r> {
     _not_send: PhantomData<*const ()>,
 }
 
-/// How much was handed over to be freed before a section of a reader, see [`Section::stamp`].
+/// What a reader's section tells of what went before it, see [`Section::stamp`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp(u64);
 

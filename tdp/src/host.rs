@@ -134,7 +134,7 @@ pub trait Host: Send + Sync + 'static {
     fn protected(&self) -> &Self::Protected;
 
     /// Which host frame backs `gfn`, a frame of `slot`, for `access`. Called inside a critical section: must neither
-    /// sleep nor call back into the MMU.
+    /// sleep nor call back into the MMU. May be asked up to three times for one fault, whose ways each ask for themselves.
     fn lookup(&self, slot: &Slot<Self::Backing>, gfn: Gfn, access: Access) -> Lookup;
 
     /// The same outside any critical section: may sleep. Called after [`lookup`](Host::lookup) answered

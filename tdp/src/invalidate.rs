@@ -3,8 +3,8 @@
 //! Protocol. *Begin* publishes the range, has all vCPUs forget what they remember (`memo.rs`), then waits until every critical
 //! section that began before has ended, then the caller zaps and flushes. A fault looks at the published ranges inside its
 //! critical section, before its backing look-up, or goes by what was remembered while there were none: either it began early
-//! enough to be waited for, and what it installed is zapped; or it sees the range and answers `Retry`. *End* moves the sequence and withdraws the range. A look-up that has to sleep does so outside any
-//! critical section; it compares the sequence before and after, because a whole invalidation may have passed
+//! enough to be waited for, and what it installed is zapped; or it sees the range and answers `Retry`. *End* moves the sequence
+//! and withdraws the range. A look-up that has to sleep does so outside any critical section; it compares the sequence before and after, because a whole invalidation may have passed
 //! meanwhile (INV: no-stale-install).
 //!
 //! A fault reads the published ranges **once**, before its look-up, and judges by them until it is done: one that is

@@ -4,7 +4,8 @@
 //! leaves the leaf MMU-writable. In both cases the leaf itself says what may be given back, so that no one need be asked,
 //! not even the host: had it taken the page back the leaf would be gone. Writing is given only to a write, so that
 //! a page becomes dirty only by one. A large leaf of a slot whose writes are logged is not made writable, but split by
-//! the slow path; a small one is marked in the log as soon as it is writable. The exchange compares the whole entry: whoever changes it first wins, and the fault looks again.
+//! the slow path; a small one is marked in the log as soon as it is writable. The exchange compares the whole entry: whoever
+//! changes it first wins, and the fault looks again.
 
 use crate::entry::{self, EntryRef};
 use crate::event::{self, Site};

@@ -33,7 +33,7 @@ pub(crate) const RECLAIM_ROUNDS: usize = 128;
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
 ///
 /// Aligned to two cache lines, so that neither of two vCPUs side by side in memory slows the other.
-// In this order, so that all that the common fault reads of it is in the first line, but for one remembered table.
+// In this order, so that all that the common fault reads of it is in the first two lines, but for one remembered table.
 #[repr(C, align(128))]
 pub struct Vcpu<F: Format, H: Host> {
     pub(crate) reader: Reader,

@@ -131,6 +131,40 @@ pub(crate) fn listen<F: Format, R>(body: impl FnOnce() -> R) -> (R, Heard<F>) {
     (result, heard)
 }
 
+/// Runs `body`, and `meanwhile` at each event of this thread, inside whatever tells of it.
+pub(crate) fn interrupt<R>(
+    meanwhile: impl FnMut(&str, &Fields) + Send + 'static,
+    body: impl FnOnce() -> R,
+) -> R {
+    tracing::subscriber::with_default(Interrupter(Mutex::new(meanwhile)), body)
+}
+
+struct Interrupter<T>(Mutex<T>);
+
+impl<T: FnMut(&str, &Fields) + Send + 'static> Subscriber for Interrupter<T> {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "tdp" && *metadata.level() == tracing::Level::TRACE
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Collected::default();
+        event.record(&mut fields);
+        // What is done meanwhile may tell of itself: that is nobody's business.
+        if let Ok(mut meanwhile) = self.0.try_lock() {
+            meanwhile(event.metadata().name(), &fields.0);
+        }
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
 #[derive(Default)]
 struct Listener(Arc<Mutex<Vec<(&'static str, Fields)>>>);
 

@@ -13,7 +13,8 @@ mod private_rig;
 use common::host::Memory;
 use common::processor::Processor;
 use common::rig::Rig;
-use listener::{Copy, listen};
+use listener::{Copy, interrupt, listen};
+use std::sync::{Arc, Mutex};
 use tdp::{
     Access, AddressSpaceId, Ept, Fault, Gfn, Gpa, Level, Npt, Outcome, Perms, Pfn, Slot, Visibility,
 };
@@ -208,6 +209,35 @@ fn events_have_their_fields() {
         let names: Vec<_> = events.first(name).keys().copied().collect();
         assert_eq!(names.join(" "), fields, "{name}");
     }
+}
+
+/// A vCPU remembers a table whose tree has just been unlinked, and which is not sealed yet: it is not told that its processor,
+/// which finds nothing there, has nothing to complain of.
+#[test]
+fn an_unlinked_table_is_not_believed() {
+    let rig = rig::<Ept>();
+    let mut vcpu = rig.vcpu();
+    let small = |gfn: u64| Fault::write(Gfn(gfn).address()).max_level(Level::L1);
+    let next = 1 << 18;
+    for gfn in [0, next, next + 1] {
+        let _ = vcpu.fault(small(gfn)).expect("there are frames");
+    }
+    let told = Arc::new(Mutex::new(None));
+    let answer = told.clone();
+    let meanwhile = move |name: &str, fields: &listener::Fields| {
+        let mut answer = answer.lock().expect("one thread");
+        // The first leaf is sealed: the next GiB still has its own.
+        if answer.is_none() && name == "spte_changed" && fields["level"] == 1 {
+            assert_eq!(fields["gfn"], 0);
+            *answer = Some(vcpu.fault(small(next)).expect("there are frames"));
+        }
+    };
+    interrupt(meanwhile, || {
+        let everything = Gfn(0)..Level::L4.gfn_limit();
+        rig.mmu.zap(SPACE, everything).flush();
+    });
+    let told = told.lock().expect("one thread").take();
+    assert!(matches!(told, Some(Outcome::Fixed { .. })), "{told:?}");
 }
 
 /// The private half tells as well: tables and pages that come and go, a large page that is split.
