@@ -67,6 +67,22 @@ both_formats! {
         );
     }
 
+    /// A vCPU keeps what it remembers of tables in fewer places than a guest has tables: those that fall on one are told apart.
+    fn tables_that_share_a_place_are_told_apart<F>() {
+        let rig = Rig::<F>::with(RigSetup::default());
+        rig.mmu.slots().insert(slot(0, 1 << 24)).expect("the first slot");
+        let mut vcpu = rig.vcpu();
+        // 256 MiB and 32 GiB further on.
+        for far in [1 << 16, 1 << 23] {
+            assert_eq!(vcpu.fault(Fault::write(Gfn(far).address())), fixed());
+            for gfn in [far + 1, 3, 4, far + 5] {
+                let outcome = vcpu.fault(Fault::write(Gfn(gfn).address()));
+                assert!(matches!(outcome, Ok(Outcome::Fixed { .. } | Outcome::Spurious)));
+                rig.assert_maps(&mut vcpu, Gfn(gfn), Pfn(BASE + gfn), Level::L1, Perms::RWX);
+            }
+        }
+    }
+
     /// A slot is removed by making roots obsolete: nothing is zapped or flushed, vCPUs are told to load new roots, faults go
     /// on before the old ones are taken down, and that flushes nothing either.
     fn a_slot_goes_with_the_roots<F>() {
