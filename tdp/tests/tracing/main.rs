@@ -10,13 +10,14 @@ mod listener;
 #[allow(dead_code, reason = "the tests of the private half take all of it")]
 mod private_rig;
 
-use common::host::Memory;
+use common::host::{Memory, TestHost};
 use common::processor::Processor;
 use common::rig::Rig;
 use listener::{Copy, interrupt, listen};
 use std::sync::{Arc, Mutex};
 use tdp::{
-    Access, AddressSpaceId, Ept, Fault, Gfn, Gpa, Level, Npt, Outcome, Perms, Pfn, Slot, Visibility,
+    Access, AddressSpaceId, Ept, Fault, Gfn, Gpa, Level, Npt, Outcome, Perms, Pfn, Slot, Vcpu,
+    Visibility,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -215,24 +216,32 @@ fn events_have_their_fields() {
 /// which finds nothing there, has nothing to complain of.
 #[test]
 fn an_unlinked_table_is_not_believed() {
-    let rig = rig::<Ept>();
-    let mut vcpu = rig.vcpu();
     let small = |gfn: u64| Fault::write(Gfn(gfn).address()).max_level(Level::L1);
     let next = 1 << 18;
-    for gfn in [0, next, next + 1] {
-        let _ = vcpu.fault(small(gfn)).expect("there are frames");
-    }
+    // The vCPU that is to fault meanwhile, once there is one, and what it is told.
+    let waiting = Arc::new(Mutex::new(None));
     let told = Arc::new(Mutex::new(None));
-    let answer = told.clone();
+    let (vcpu, answer) = (waiting.clone(), told.clone());
     let meanwhile = move |name: &str, fields: &listener::Fields| {
-        let mut answer = answer.lock().expect("one thread");
         // The first leaf is sealed: the next GiB still has its own.
-        if answer.is_none() && name == "spte_changed" && fields["level"] == 1 {
+        if name != "spte_changed" || fields["level"] != 1 {
+            return;
+        }
+        let vcpu: Option<Vcpu<Ept, TestHost>> = vcpu.lock().expect("one thread").take();
+        if let Some(mut vcpu) = vcpu {
             assert_eq!(fields["gfn"], 0);
-            *answer = Some(vcpu.fault(small(next)).expect("there are frames"));
+            let outcome = vcpu.fault(small(next)).expect("there are frames");
+            *answer.lock().expect("one thread") = Some(outcome);
         }
     };
+    // All of it is listened to: an event that is first told where nobody listens may stay unheard elsewhere.
     interrupt(meanwhile, || {
+        let rig = rig::<Ept>();
+        let mut vcpu = rig.vcpu();
+        for gfn in [0, next, next + 1] {
+            let _ = vcpu.fault(small(gfn)).expect("there are frames");
+        }
+        *waiting.lock().expect("one thread") = Some(vcpu);
         let everything = Gfn(0)..Level::L4.gfn_limit();
         rig.mmu.zap(SPACE, everything).flush();
     });
