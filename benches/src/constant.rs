@@ -275,8 +275,8 @@ impl<C: Contender> Seated<C> {
 
     /// Times one operation with every line cold, and brings the contender back to nothing mapped.
     fn cold(&mut self, evictor: &cold::Evictor, gfn: Gfn) -> Result<f64, Error> {
-        let [Padded(worker)] = self.workers.as_mut_slice() else {
-            return Ok(f64::NAN);
+        let Some(Padded(worker)) = self.workers.first_mut() else {
+            return Err(Error::run("a worker", "is gone"));
         };
         let ns = evictor.time(&self.contender, worker, gfn)?;
         self.contender.reset()?;

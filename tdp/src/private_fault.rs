@@ -244,8 +244,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// The fast path of a fault on the shared half.
     #[inline(always)]
     fn shared_fast(&mut self, section: &Section<'_>, gfn: Gfn, fault: &Fault) -> Fast {
-        // Before the attribute: a conversion that comes after this waits for the section, and one that came before either is
-        // seen or has told what the frame is now.
+        // INV: no-stale-install. Before the attribute: a conversion that comes after this waits for the section, and one that
+        // came before either is seen or has told what the frame is now.
         if !self.remembers(section) {
             return Fast::GaveUp;
         }

@@ -212,8 +212,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             let fast = self
                 .ctx
                 .map_in(entry, gfn, mapping, Level::L1, access, prefetch);
-            // Unlinked and not sealed yet, the table has leaves that the processor does not see: it would come again and
-            // again, and be told each time that all is well.
+            // INV: progress. Unlinked and not sealed yet, the table has leaves that the processor does not see: it would come
+            // again and again, and be told each time that all is well.
             if matches!(fast, Fast::Spurious)
                 && remembered.is_some()
                 && !self.ctx.leads_to(gfn, table.1)

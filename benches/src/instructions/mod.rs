@@ -27,7 +27,8 @@ Examples:
   tdp-bench instructions --baseline benches/instructions.json --renew       after a change that is worth it
 
 The baseline in the repository is of a build without whole-program optimisation, which takes a third of the time:
-  CARGO_PROFILE_RELEASE_LTO=off cargo run --release -- instructions --baseline benches/instructions.json";
+  export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
+  cargo run --release -- instructions --baseline benches/instructions.json";
 
 /// Instructions of hot functions, and what became more
 #[derive(Debug, clap::Args)]

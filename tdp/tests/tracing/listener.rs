@@ -120,9 +120,13 @@ impl<F: Format> Heard<F> {
 
 /// Runs `body` and hears what this thread tells meanwhile.
 pub(crate) fn listen<F: Format, R>(body: impl FnOnce() -> R) -> (R, Heard<F>) {
-    let listener = Listener::default();
-    let events = listener.0.clone();
-    let result = tracing::subscriber::with_default(listener, body);
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let heard = events.clone();
+    let hear = move |name, fields: &Fields| {
+        let mut heard = heard.lock().expect("nothing panics while listening");
+        heard.push((name, fields.clone()));
+    };
+    let result = interrupt(hear, body);
     let events = std::mem::take(&mut *events.lock().expect("nothing panics while listening"));
     let heard = Heard {
         events,
@@ -133,7 +137,7 @@ pub(crate) fn listen<F: Format, R>(body: impl FnOnce() -> R) -> (R, Heard<F>) {
 
 /// Runs `body`, and `meanwhile` at each event of this thread, inside whatever tells of it.
 pub(crate) fn interrupt<R>(
-    meanwhile: impl FnMut(&str, &Fields) + Send + 'static,
+    meanwhile: impl FnMut(&'static str, &Fields) + Send + 'static,
     body: impl FnOnce() -> R,
 ) -> R {
     tracing::subscriber::with_default(Interrupter(Mutex::new(meanwhile)), body)
@@ -141,7 +145,7 @@ pub(crate) fn interrupt<R>(
 
 struct Interrupter<T>(Mutex<T>);
 
-impl<T: FnMut(&str, &Fields) + Send + 'static> Subscriber for Interrupter<T> {
+impl<T: FnMut(&'static str, &Fields) + Send + 'static> Subscriber for Interrupter<T> {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.target() == "tdp" && *metadata.level() == tracing::Level::TRACE
     }
@@ -153,31 +157,6 @@ impl<T: FnMut(&str, &Fields) + Send + 'static> Subscriber for Interrupter<T> {
         if let Ok(mut meanwhile) = self.0.try_lock() {
             meanwhile(event.metadata().name(), &fields.0);
         }
-    }
-
-    fn new_span(&self, _: &Attributes<'_>) -> Id {
-        Id::from_u64(1)
-    }
-
-    fn record(&self, _: &Id, _: &Record<'_>) {}
-    fn record_follows_from(&self, _: &Id, _: &Id) {}
-    fn enter(&self, _: &Id) {}
-    fn exit(&self, _: &Id) {}
-}
-
-#[derive(Default)]
-struct Listener(Arc<Mutex<Vec<(&'static str, Fields)>>>);
-
-impl Subscriber for Listener {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "tdp" && *metadata.level() == tracing::Level::TRACE
-    }
-
-    fn event(&self, event: &Event<'_>) {
-        let mut fields = Collected::default();
-        event.record(&mut fields);
-        let mut events = self.0.lock().expect("nothing panics while listening");
-        events.push((event.metadata().name(), fields.0));
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {
