@@ -88,6 +88,32 @@ fn fast_fault_against_age() {
     });
 }
 
+/// A page that was used once is aged by two threads: one of them is told, whoever keeps the accessed bit.
+#[test]
+fn age_against_age() {
+    // With tracked leaves there are two roots, and twice as much to look at.
+    let kinds = [
+        ("age x age", AdBits::Processor, 2),
+        ("age x age, tracked", AdBits::Software, 1),
+    ];
+    for (name, bits, bound) in kinds {
+        explore(name, Some(bound), move || {
+            let world = World::with_memory(TestHost::new());
+            let mut vcpu = world.vcpu();
+            vcpu.set_ad_bits(bits).unwrap();
+            assert_eq!(vcpu.fault(Fault::write(A.address())), Ok(FIXED));
+            let other = thread::spawn({
+                let mmu = world.mmu.clone();
+                move || mmu.age(SPACE, only(A))
+            });
+            let ours = world.mmu.age(SPACE, only(A));
+            assert!(other.join().unwrap() != ours, "one use, told {ours}");
+            assert!(!world.mmu.test_age(SPACE, only(A)));
+            world.finish([vcpu]);
+        });
+    }
+}
+
 /// Two fast faults on one leaf: it has the permissions of both in the end.
 #[test]
 fn fast_fault_against_fast_fault() {
