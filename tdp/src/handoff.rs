@@ -15,7 +15,7 @@
 //!   back, by a hand-off as well, from outside the critical section because that takes a ticket;
 //! * a larger leaf than the guest may have here: it is split, from outside as well.
 
-use crate::entry::EntryRef;
+use crate::entry::{EntryRef, TablePage};
 use crate::fault::{MemoryFault, Outcome, RetryReason};
 use crate::frozen::{EntryPlace, FrozenEntry};
 use crate::host::Host;
@@ -90,7 +90,7 @@ impl<F: Format, H: Host> Context<F, H> {
     #[inline(always)]
     fn caller(&self) -> Caller<'_, H::Protected, Shard> {
         Caller {
-            table: self.shared.host.protected(),
+            table: self.host.protected(),
             tally: &*self.shard,
             patience: Patience::Fault,
             resumable: self.capabilities.resumable,
@@ -138,49 +138,49 @@ impl<F: Format, H: Host> Context<F, H> {
         Step::Wait(RetryReason::Raced)
     }
 
-    /// The common case, one straight line: a leaf of the level wanted, below tables that are there. `None` if it is any
-    /// other; nothing is changed then. `pfn` is the host frame of `gfn`. With a constant `goal` every shift is one.
+    /// The common case: a leaf of level `goal` in an empty entry of `table`. `None` if it is any other; nothing is changed then.
+    /// `pfn` is the host frame of `gfn`. With a constant `goal` every shift is one.
     #[inline(always)]
     pub(crate) fn install_private_fast(
         &self,
-        root: &Root<H>,
+        table: &TablePage,
         gfn: Gfn,
         pfn: Pfn,
         goal: Level,
     ) -> Option<Step> {
-        let frames = self.shared.host.frames();
-        let mut page = table::page(frames, root.pfn);
-        // A loop over constants is unrolled, and each level's shift is one.
-        for level in [Level::L5, Level::L4, Level::L3, Level::L2] {
-            if root.level >= level && goal < level {
-                let spte = page.get(level.index(gfn)).map(EntryRef::load)?;
-                if !F::is_table(spte) || is_blocked::<F>(spte) {
-                    return None;
-                }
-                page = table::page(frames, F::pfn(spte));
-            }
-        }
-        let entry = page.get(goal.index(gfn))?;
-        let pfn = Pfn(pfn.0 & !(goal.pages() - 1));
-        let place = EntryPlace {
-            as_id: self.as_id,
-            gfn: goal.align_down(gfn),
-            level: goal,
-        };
+        let entry = table.get(goal.index(gfn))?;
         let old = entry.load();
         if old != F::EMPTY {
             let is_live = F::is_leaf(old, goal) && !is_blocked::<F>(old);
             return is_live.then_some(Step::Done(Outcome::Spurious));
         }
+        self.hand_over_leaf(entry, gfn, pfn, goal)
+    }
+
+    /// The hand-off of a leaf to be at an empty entry. `None` if the entry is not empty, or the module too busy.
+    #[inline(always)]
+    pub(crate) fn hand_over_leaf(
+        &self,
+        entry: EntryRef<'_>,
+        gfn: Gfn,
+        pfn: Pfn,
+        level: Level,
+    ) -> Option<Step> {
+        let pfn = Pfn(pfn.0 & !(level.pages() - 1));
+        let place = EntryPlace {
+            as_id: self.as_id,
+            gfn: level.align_down(gfn),
+            level,
+        };
         let frozen = FrozenEntry::freeze::<F>(entry, place, F::EMPTY).ok()?;
-        let hook = self.shared.host.protected();
+        let hook = self.host.protected();
         let done = self.caller().call(HandOffStep::Install, &frozen, || {
             hook.install(&frozen, pfn, Content::Pending)
         });
         match done {
             Ok(()) => {
-                frozen.publish_new::<F>(private_leaf::<F>(pfn, goal), &*self.shard);
-                Some(Step::Done(Outcome::Fixed { level: goal }))
+                frozen.publish_new::<F>(private_leaf::<F>(pfn, level), &*self.shard);
+                Some(Step::Done(Outcome::Fixed { level }))
             }
             Err(cause) => match self.failed(place, HandOffStep::Install, cause) {
                 Next::Stop(step @ Step::Failed(_)) => Some(step),

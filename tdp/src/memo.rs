@@ -12,6 +12,9 @@
 //!   publishes these waits, if it has to, for the sections that began before; so a section that goes by the old stamp
 //!   is waited for, exactly as one that looked before the publication (`section.rs` of the epoch domain tells both orders).
 //!
+//! Which half a frame belongs to changes under an invalidation only. So with a private table is remembered that all frames of its
+//! region are private.
+//!
 //! A memo is renewed only while nothing is under invalidation and the root is not obsolete, both looked at after the stamp:
 //! who goes by the memo need not look at either.
 //!
@@ -42,7 +45,7 @@ pub(crate) struct Memo<B> {
 /// The tables that are part of the memo, apart from it because of their size. The more of a guest one leads to, the fewer are
 /// needed, and the longer the way from there.
 pub(crate) struct Tables {
-    /// Of level 1.
+    /// Of level 1, of both halves.
     small: [Cell<Table>; SMALL],
     /// Of level 2.
     large: [Table; LARGE],
@@ -222,6 +225,15 @@ impl<'s, B> Current<'_, 's, B> {
         (table.region == region).then(|| (table.pfn(), self.page(table.page)))
     }
 
+    /// The private table of level 1 of `gfn`, if it is remembered, and with it that all frames of the table are private. It may
+    /// have been unlinked since.
+    #[inline(always)]
+    pub(crate) fn private(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
+        let region = Tables::private_region(gfn);
+        let private = tables.small[region as usize % SMALL].get();
+        (private.region == region).then(|| self.page(private.page))
+    }
+
     /// The table of level 2 above `gfn`, if it is remembered. It may have been unlinked since.
     #[inline(always)]
     pub(crate) fn large(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
@@ -238,12 +250,6 @@ impl<'s, B> Current<'_, 's, B> {
         // SAFETY: it came from a frame source, which promises a valid page for as long as it lives; that it is still the same
         // table is what the stamp says (INV: flush-before-reuse). What is in the page is atomic.
         unsafe { page.as_ref() }
-    }
-
-    /// Whether it is remembered how a leaf is made.
-    #[inline(always)]
-    pub(crate) fn has_recipe(&self) -> bool {
-        self.memo.recipe.wish != Wish::NONE
     }
 
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
@@ -271,6 +277,19 @@ impl Tables {
     #[inline(always)]
     const fn large_region(gfn: Gfn) -> u64 {
         gfn.0 >> Level::L3.gfn_shift()
+    }
+
+    /// As a small one, but that of no small region.
+    #[inline(always)]
+    const fn private_region(gfn: Gfn) -> u64 {
+        Self::small_region(gfn) | 1 << 63
+    }
+
+    /// Remembers the private table of level 1 of `gfn`, of a region that is all private.
+    #[inline(always)]
+    pub(crate) fn note_private(&self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
+        let region = Self::private_region(gfn);
+        self.small[region as usize % SMALL].set(Table::new(region, pfn, page));
     }
 
     /// Remembers the table of level 1 of `gfn`.

@@ -20,7 +20,7 @@ use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::vcpu::{Batch, Vcpu, VcpuCore};
 use alloc::sync::Arc;
-use tdp_arch::{Format, Gfn, Level};
+use tdp_arch::{Access, Format, Gfn, Gpa, Level};
 use tdp_rcu::Section;
 use tdp_rcu::sync::Pause;
 
@@ -57,25 +57,46 @@ struct Slept<'a, B> {
 }
 
 impl<F: Format, H: Host> Vcpu<F, H> {
-    /// A fault of a guest that has a private half.
+    /// A fault of a guest that has a private half. Takes what fits registers.
     #[inline(never)]
-    pub(crate) fn fault_confidential(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        let Some((gfn, private)) = self.core.route(&fault) else {
+    pub(crate) fn fault_confidential(
+        &mut self,
+        gpa: Gpa,
+        access: Access,
+        max_level: Level,
+        prefetch: bool,
+        private: bool,
+    ) -> Result<Outcome, FaultError> {
+        let Some((gfn, private)) = self.core.route(gpa, private) else {
             return Ok(self.core.ctx.memory_fault(MemoryFault::BeyondWidth));
         };
         if private {
-            return self.fault_private(gfn, fault.max_level, Origin::Guest);
+            let section = self.reader.enter();
+            let straight = self.core.private_straight(&section, gfn, max_level);
+            drop(section);
+            return match straight {
+                Some(outcome) => Ok(outcome),
+                None => self.fault_private(gfn, max_level, Origin::Guest),
+            };
         }
+        self.fault_shared(Fault {
+            gpa: gfn.address(),
+            access,
+            max_level,
+            prefetch,
+            private,
+        })
+    }
+
+    /// A fault on the shared half, at the address without its shared bit.
+    fn fault_shared(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         let section = self.reader.enter();
-        let fast = self.core.shared_fast(&section, gfn, &fault);
+        let fast = self.core.shared_fast(&section, fault.gpa.gfn(), &fault);
         drop(section);
         match fast {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
             Fast::Spurious => Ok(Outcome::Spurious),
-            Fast::GaveUp => self.fault_slow(Fault {
-                gpa: gfn.address(),
-                ..fault
-            }),
+            Fast::GaveUp => self.fault_slow(fault),
         }
     }
 
@@ -190,7 +211,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     /// As [`Vcpu::fault_confidential`], without leaving the critical section: what would have to wait is retried.
     pub(crate) fn fault_confidential(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         let (section, core) = (&self.section, &mut *self.core);
-        let Some((gfn, private)) = core.route(&fault) else {
+        let Some((gfn, private)) = core.route(fault.gpa, fault.private) else {
             return Ok(core.ctx.memory_fault(MemoryFault::BeyondWidth));
         };
         if !private {
@@ -204,7 +225,9 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
                 }),
             };
         }
-        if let Some(outcome) = core.private_fast(section, gfn, fault.max_level) {
+        let straight = core.private_straight(section, gfn, fault.max_level);
+        if let Some(outcome) = straight.or_else(|| core.private_fast(section, gfn, fault.max_level))
+        {
             return Ok(outcome);
         }
         self.top_up()?;
@@ -236,8 +259,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 
     /// Frame and half of a fault; `None` for an address that is too wide.
     #[inline(always)]
-    fn route(&self, fault: &Fault) -> Option<(Gfn, bool)> {
-        let (gfn, private) = self.confidential()?.route(fault.gpa, fault.private);
+    fn route(&self, gpa: Gpa, private: bool) -> Option<(Gfn, bool)> {
+        let (gfn, private) = self.confidential()?.route(gpa, private);
         (gfn < self.ctx.root.limit()).then_some((gfn, private))
     }
 
@@ -254,6 +277,46 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             _ => return Fast::GaveUp,
         }
         self.fault_fast(section, gfn, fault.access, fault.max_level, fault.prefetch)
+    }
+
+    /// The straight path of a private fault: on an empty entry of level 1, with all that it needs in the memo. `None` if there is
+    /// more to it, and nothing was changed then, or a call of the module was in vain.
+    #[inline(always)]
+    fn private_straight(
+        &mut self,
+        section: &Section<'_>,
+        gfn: Gfn,
+        at_most: Level,
+    ) -> Option<Outcome> {
+        let memo = self.memo.current(section)?;
+        let table = memo.private(&self.tables, gfn)?;
+        if self.confidential()?.phase() != Phase::Running || self.sent_back.any {
+            return None;
+        }
+        let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
+        let ctx = &self.ctx;
+        let Lookup::Mapped(mapping) = ctx.host.lookup_private(slot, gfn) else {
+            return None;
+        };
+        let goal = mapping.level.min(at_most).min(ctx.capabilities.leaf_levels);
+        if goal != Level::L1 || mapping.pfn >= ctx.shared.pfn_limit {
+            return None;
+        }
+        let entry = table.get(Level::L1.index(gfn))?;
+        self.told(ctx.hand_over_leaf(entry, gfn, mapping.pfn, Level::L1)?)
+    }
+
+    /// What the guest is told of a step; `None` if the step has to be waited for.
+    #[inline(always)]
+    fn told(&self, step: Step) -> Option<Outcome> {
+        match step {
+            Step::Done(outcome) => {
+                self.ctx.count(outcome);
+                Some(outcome)
+            }
+            Step::Failed(error) => Some(self.ctx.refused(error)),
+            Step::Wait(_) | Step::Split | Step::Unblock => None,
+        }
     }
 
     /// The fast path of a private fault: `None` if it gave up, having changed nothing.
@@ -278,27 +341,27 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if mapping.pfn >= self.ctx.shared.pfn_limit {
             return None;
         }
-        let root = self.ctx.private_root.as_deref()?;
         let ctx = &self.ctx;
+        let root = ctx.private_root.as_deref()?;
         let mut goal = mapping.level.min(at_most).min(ctx.capabilities.leaf_levels);
         if goal > Level::L1 {
             // Nothing is under invalidation, and whatever comes to be waits for this section.
             goal = ctx.aligned(gfn, mapping.pfn, slot.level_at(gfn, goal));
             goal = ctx.uniform_level(gfn, goal);
         }
+        // A table that is blocked is entered as well: its entries are sealed.
         let step = if goal == Level::L1 {
-            ctx.install_private_fast(root, gfn, mapping.pfn, Level::L1)?
-        } else {
-            ctx.install_private_fast(root, gfn, mapping.pfn, goal)?
-        };
-        match step {
-            Step::Done(outcome) => {
-                self.ctx.count(outcome);
-                Some(outcome)
+            let table = ctx.table_of(root, gfn, Level::L1)?;
+            let confidential = self.confidential();
+            if confidential.is_some_and(|it| it.attributes.uniform(gfn, Level::L2)) {
+                self.tables.note_private(gfn, table);
             }
-            Step::Failed(error) => Some(self.ctx.refused(error)),
-            Step::Wait(_) | Step::Split | Step::Unblock => None,
-        }
+            ctx.install_private_fast(table.1, gfn, mapping.pfn, Level::L1)?
+        } else {
+            let (_, table) = ctx.table_of(root, gfn, goal)?;
+            ctx.install_private_fast(table, gfn, mapping.pfn, goal)?
+        };
+        self.told(step)
     }
 
     fn resolve_private(

@@ -22,6 +22,7 @@ use crate::install::Request;
 use crate::invalidate::Ranges;
 use crate::memo::{Current, Wish};
 use crate::nx;
+use crate::root::Root;
 use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::table;
@@ -58,10 +59,6 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Option<Outcome> {
         let gfn = fault.gpa.gfn();
         let memo = self.memo.current(section)?;
-        // Without a recipe, as of a confidential guest, nothing would come of the look-up.
-        if !memo.has_recipe() {
-            return None;
-        }
         // The recipe may be another slot's.
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
         let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {
@@ -190,7 +187,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             let table = match remembered {
                 Some(table) => table,
                 None => {
-                    let Some(above) = self.ctx.table_of(gfn, Level::L2) else {
+                    let Some(above) = self.ctx.table_of(&self.ctx.root, gfn, Level::L2) else {
                         return Fast::GaveUp;
                     };
                     let Some(table) = self.ctx.below(above.1, gfn) else {
@@ -204,6 +201,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             let Some(entry) = self.ctx.small_entry_in(table, gfn) else {
                 return Fast::GaveUp;
             };
+            // A confidential guest's frames may belong to the other half: a bare map never goes by a recipe there.
             if wish.is_for_small() && self.ctx.private_root.is_none() {
                 let attrs = self.ctx.leaf_attrs(mapping, mapping.perms, prefetch);
                 self.memo
@@ -225,7 +223,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             Fast::GaveUp
         } else {
             let goal = self.ctx.aligned(gfn, mapping.pfn, goal);
-            let table = self.ctx.table_of(gfn, goal);
+            let table = self.ctx.table_of(&self.ctx.root, gfn, goal);
             match table.and_then(|table| self.ctx.entry_in(table, gfn, goal)) {
                 Some(entry) => self.ctx.map_in(entry, gfn, mapping, goal, access, prefetch),
                 None => Fast::GaveUp,
@@ -398,11 +396,15 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
 }
 
 impl<F: Format, H: Host> Context<F, H> {
-    /// The table that holds the entry of `gfn` at level `goal`, with its page, if all tables above it are there.
+    /// The table under `root` that holds the entry of `gfn` at level `goal`, with its page, if all tables above it are there.
     #[inline(always)]
-    fn table_of(&self, gfn: Gfn, goal: Level) -> Option<(Pfn, &TablePage)> {
+    pub(crate) fn table_of(
+        &self,
+        root: &Root<H>,
+        gfn: Gfn,
+        goal: Level,
+    ) -> Option<(Pfn, &TablePage)> {
         let frames = self.host.frames();
-        let root = &*self.root;
         // From page to page, not from frame to frame: each level waits for the one above it, and two shifts less.
         let (mut page, mut table) = (table::page(frames, root.pfn), root.pfn);
         // A loop over constants is unrolled, and each level's shift is one.
@@ -433,7 +435,7 @@ impl<F: Format, H: Host> Context<F, H> {
     /// Whether the way from the root leads to a table of level 1.
     #[inline(never)]
     fn leads_to(&self, gfn: Gfn, page: &TablePage) -> bool {
-        self.table_of(gfn, Level::L1)
+        self.table_of(&self.root, gfn, Level::L1)
             .is_some_and(|(_, found)| core::ptr::eq(found, page))
     }
 

@@ -115,19 +115,23 @@ impl<F: Format, H: Host> Vcpu<F, H> {
     /// grace periods that would free some. Nothing was changed.
     #[inline(always)]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
+        let Fault {
+            gpa,
+            access,
+            prefetch,
+            max_level,
+            private,
+        } = fault;
+        event::page_fault(self.core.ctx.as_id, gpa, access, prefetch);
+        if self.core.ctx.private_root.is_some() {
+            return self.fault_confidential(gpa, access, max_level, prefetch, private);
+        }
         let section = self.reader.enter();
         let straight = self.core.fault_straight(&section, &fault);
         drop(section);
         match straight {
             Some(outcome) => Ok(outcome),
-            None => self.fault_bent(
-                fault.gpa,
-                fault.access,
-                fault.max_level,
-                fault.prefetch,
-                fault.private,
-            ),
+            None => self.fault_bent(gpa, access, max_level, prefetch),
         }
     }
 
@@ -140,18 +144,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         access: Access,
         max_level: Level,
         prefetch: bool,
-        private: bool,
     ) -> Result<Outcome, FaultError> {
-        let fault = Fault {
-            gpa,
-            access,
-            prefetch,
-            max_level,
-            private,
-        };
-        if self.core.ctx.private_root.is_some() {
-            return self.fault_confidential(fault);
-        }
         let section = self.reader.enter();
         let fast = self
             .core
@@ -160,7 +153,13 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         match fast {
             Fast::Fixed(level) => Ok(Outcome::Fixed { level }),
             Fast::Spurious => Ok(Outcome::Spurious),
-            Fast::GaveUp => self.fault_slow(fault),
+            Fast::GaveUp => self.fault_slow(Fault {
+                gpa,
+                access,
+                prefetch,
+                max_level,
+                private: false,
+            }),
         }
     }
 
@@ -353,6 +352,9 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
         self.section.repin();
+        if self.core.ctx.private_root.is_some() {
+            return self.fault_confidential(fault);
+        }
         match self.core.fault_straight(&self.section, &fault) {
             Some(outcome) => Ok(outcome),
             None => self.fault_bent(fault),
@@ -361,9 +363,6 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
 
     #[inline(never)]
     fn fault_bent(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        if self.core.ctx.private_root.is_some() {
-            return self.fault_confidential(fault);
-        }
         let Fault {
             gpa,
             access,

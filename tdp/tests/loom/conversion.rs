@@ -48,13 +48,16 @@ fn a_private_fault_against_conversion_to_shared() {
     });
 }
 
-/// The same for a fault that goes the short way, below a table that is there, on a slot that it knows.
-#[test]
-fn a_quick_private_fault_against_conversion_to_shared() {
-    explore("quick hand-off x convert", Some(2), || {
+fn quick_private_fault(name: &str, remembers_the_table: bool) {
+    explore(name, Some(2), move || {
         let world = World::confidential(Manner::default(), false);
         let mut vcpu = world.vcpu();
         assert!(matches!(touch(&mut vcpu, B, true), Outcome::Fixed { .. }));
+        if remembers_the_table {
+            // The first has linked the table, and remembers the slot only.
+            world.mmu.zap_private(SPACE, only(B)).unwrap();
+            assert!(matches!(touch(&mut vcpu, B, true), Outcome::Fixed { .. }));
+        }
 
         // The conversion is the other thread: it looks where the fault may come to change something.
         let mmu = world.mmu.clone();
@@ -73,6 +76,18 @@ fn a_quick_private_fault_against_conversion_to_shared() {
         world.audit_private();
         world.finish([vcpu]);
     });
+}
+
+/// The same for a fault that goes the short way, below a table that is there, on a slot that it knows.
+#[test]
+fn a_quick_private_fault_against_conversion_to_shared() {
+    quick_private_fault("quick hand-off x convert", false);
+}
+
+/// The same for one that remembers the table, and that all of it is private.
+#[test]
+fn a_remembering_private_fault_against_conversion_to_shared() {
+    quick_private_fault("remembering hand-off x convert", true);
 }
 
 /// A shared fault against its frame becoming private.

@@ -94,6 +94,35 @@ fn a_fault_against_the_removal_of_its_table() {
     });
 }
 
+/// The same for a fault that goes by the table of level 2 that it remembers.
+#[test]
+fn a_fault_that_remembers_against_the_removal_of_its_table() {
+    explore("remembering hand-off x zap of the table", Some(2), || {
+        let world = World::confidential(Manner::default(), true);
+        let mut vcpu = world.vcpu();
+        // The second remembers.
+        for _ in 0..2 {
+            settle(&mut vcpu, A);
+            world.mmu.zap_private(SPACE, only(A)).unwrap();
+        }
+
+        let other = thread::spawn(move || {
+            settle(&mut vcpu, A);
+            vcpu
+        });
+        let removed = world.mmu.zap_private(SPACE, FIRST).unwrap();
+        let vcpu = other.join().unwrap();
+
+        let left = world.mmu.host().module.leaf(A).is_some();
+        assert_eq!(removed.frames + u64::from(left), 1);
+        world.audit_private();
+        world.mmu.zap_private(SPACE, FIRST).unwrap();
+        drop(vcpu);
+        assert_eq!(world.mmu.host().module.twins_out(), 0);
+        world.finish([]);
+    });
+}
+
 fn two_removals(name: &str, manner: Manner) {
     explore(name, Some(1), move || {
         let world = World::confidential(manner, false);

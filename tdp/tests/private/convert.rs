@@ -36,6 +36,35 @@ fn conversion_takes_away_what_the_other_half_maps() {
     rig.check();
 }
 
+/// A vCPU that goes by what it remembers of a region tells its halves apart all the same.
+#[test]
+fn what_is_remembered_of_a_region_ends_with_a_conversion() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    // By the long way, by one that remembers, by what is remembered.
+    for n in 0..3 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    assert_eq!(vcpu.fault(private(2)), Ok(Outcome::Spurious));
+    let is_shared = Ok(Outcome::MemoryFault(MemoryFault::IsShared));
+    let one = Gfn(5)..Gfn(6);
+    rig.mmu
+        .convert(SPACE, one.clone(), Visibility::Shared)
+        .unwrap();
+    for n in 6..9 {
+        assert_eq!(vcpu.fault(private(5)), is_shared);
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    assert_eq!(vcpu.fault(shared(5)), fixed(Level::L1));
+    rig.mmu.convert(SPACE, one, Visibility::Private).unwrap();
+    assert_eq!(vcpu.fault(private(5)), fixed(Level::L1));
+    assert_eq!(
+        vcpu.fault(shared(5)),
+        Ok(Outcome::MemoryFault(MemoryFault::IsPrivate))
+    );
+    rig.check();
+}
+
 #[test]
 fn a_large_private_leaf_is_split_before_a_part_of_it_is_converted() {
     let rig = Rig::running(Level::L2);
