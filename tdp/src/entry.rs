@@ -59,10 +59,18 @@ impl TablePage {
         Some(EntryRef(entry, Site::UNKNOWN))
     }
 
-    /// Fills a page that no one else can reach yet: the caller owns its frame.
+    /// Fills a page that no one else can reach yet, the caller owns its frame: with `first`, and what comes of it by adding `step`
+    /// once for each entry before.
     #[allow(unsafe_code)]
     #[inline(always)]
-    pub(crate) fn fill(&self, value: impl FnMut(usize) -> Spte) {
+    pub(crate) fn fill(&self, first: Spte, step: u64) {
+        // A running sum and no multiple: the compiler makes wide stores of it.
+        let mut sum = first.0;
+        let value = |_| {
+            let value = Spte(sum);
+            sum = sum.wrapping_add(step);
+            value
+        };
         // UNSAFETY: plain stores to atomics, half as long as atomic ones.
         // SAFETY: nobody else has the frame: no entry leads to it before the exchange that links it, which publishes all of it
         // (INV: publish-complete), and who was led to it before is past a grace period (INV: flush-before-reuse).

@@ -242,7 +242,8 @@ impl<F: Format, H: Host> Context<F, H> {
             return Next::Done(self.retry(RetryReason::Raced));
         };
         let page = table::page(self.shared.host.frames(), pfn);
-        page.fill(nx::children::<F>(old, level));
+        let (first, step) = nx::children::<F>(old, level);
+        page.fill(first, step);
         self.shared.meta.link(
             pfn,
             Place {
@@ -261,7 +262,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 Next::Descend(pfn)
             }
             Err(_) => {
-                page.fill(|_| F::EMPTY);
+                page.fill(F::EMPTY, 0);
                 self.shared.meta.set_state(pfn, TableState::Spare);
                 cache.push(pfn);
                 Next::Again

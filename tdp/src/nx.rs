@@ -17,7 +17,7 @@
 //! the lock that made the old ones obsolete, after the policy was stored: so whatever a fault puts into a new root is by the
 //! new policy, and what one that is late puts into an old one goes with it.
 
-use crate::entry;
+use crate::entry::{self, TABLE_ENTRIES};
 use crate::event;
 use crate::host::{AddressSpaceId, Host};
 use crate::iter::TdpIter;
@@ -96,9 +96,10 @@ pub(crate) fn unrestricted<F: Format>(spte: Spte) -> Spte {
     F::permit_fetch(Spte(shown.0 & !F::NX_SPLIT))
 }
 
-/// The leaves that a large leaf is split into: those of 4 KiB get back what the policy withheld.
+/// The leaves that a large leaf is split into: the first, and what each has more than the one before, because they differ in
+/// their frames only. Those of 4 KiB get back what the policy withheld.
 #[inline]
-pub(crate) fn children<F: Format>(old: Spte, level: Level) -> impl Fn(usize) -> Spte {
+pub(crate) fn children<F: Format>(old: Spte, level: Level) -> (Spte, u64) {
     let withheld = level == Level::L2 && old.0 & F::NX_SPLIT != 0;
     let parent = if !withheld {
         old
@@ -107,16 +108,14 @@ pub(crate) fn children<F: Format>(old: Spte, level: Level) -> impl Fn(usize) -> 
     } else {
         unrestricted::<F>(old)
     };
-    // They differ in their frames only, so that a table is filled by additions.
-    let (first, step) = (
-        F::split_child(parent, level, 0),
-        level.below_or_leaf().bytes(),
+    let first = F::split_child(parent, level, 0);
+    let step = level.below_or_leaf().bytes();
+    debug_assert!(
+        (0..TABLE_ENTRIES).all(|index| {
+            F::split_child(parent, level, index).0 == first.0 + index as u64 * step
+        })
     );
-    move |index| {
-        let child = Spte(first.0 + index as u64 * step);
-        debug_assert_eq!(child, F::split_child(parent, level, index));
-        child
-    }
+    (first, step)
 }
 
 /// Books a change of the shared half as far as marked tables go.

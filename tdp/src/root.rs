@@ -217,7 +217,7 @@ impl<H: Host> RootSet<H> {
         let mut pfn = [Pfn(0)];
         host.frames().allocate(&mut pfn)?;
         let [pfn] = pfn;
-        table::page(host.frames(), pfn).fill(|_| F::EMPTY);
+        table::page(host.frames(), pfn).fill(F::EMPTY, 0);
         meta.set_state(pfn, TableState::Spare);
         meta.link(
             pfn,

@@ -531,7 +531,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let count = frames.allocate(room)?.min(most);
         for &pfn in self.cache.grown(count) {
             shared.meta.set_state(pfn, TableState::Spare);
-            table::page(frames, pfn).fill(|_| F::EMPTY);
+            table::page(frames, pfn).fill(F::EMPTY, 0);
         }
         Ok(())
     }

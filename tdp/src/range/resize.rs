@@ -87,7 +87,7 @@ impl<F: Format, H: Host> Shared<F, H> {
             .ok_or(fail(HandOffStep::Split, HandOffCause::OutOfFrames))?;
         let first = F::leaf_pfn(old, place.level);
         table::page(self.host.frames(), new.table)
-            .fill(|index| private_leaf::<F>(Pfn(first.0 + index as u64 * below.pages()), below));
+            .fill(private_leaf::<F>(first, below), below.bytes());
         let Ok(mut frozen) = FrozenEntry::freeze::<F>(entry, place, old) else {
             // Changed meanwhile: whoever asked looks again.
             return Ok(());

@@ -269,7 +269,8 @@ impl<F: Format, H: Host> Shared<F, H> {
             if let Some(&next) = batch.frames.last() {
                 prefetch(table::page(self.host.frames(), next), LINES_AHEAD);
             }
-            table::page(self.host.frames(), pfn).fill(nx::children::<F>(old, level));
+            let (first, step) = nx::children::<F>(old, level);
+            table::page(self.host.frames(), pfn).fill(first, step);
             ready.push_back(Filled {
                 gfn,
                 level,
@@ -304,7 +305,8 @@ impl<F: Format, H: Host> Shared<F, H> {
         let page = table::page(self.host.frames(), pfn);
         while F::is_leaf(old, level) {
             if made_of.take() != Some(old) {
-                page.fill(nx::children::<F>(old, level));
+                let (first, step) = nx::children::<F>(old, level);
+                page.fill(first, step);
             }
             match entry::exchange::<F>(entry, level, old, F::table(pfn), tally) {
                 Ok(()) => {
