@@ -45,5 +45,5 @@ mod visit;
 
 pub use counters::Counters;
 pub use domain::{Domain, DomainConfig};
-pub use section::{Reader, Section, Stamp};
+pub use section::{NOTES, Notes, Reader, Section, Stamp};
 pub use visit::Visit;

@@ -37,6 +37,7 @@
 //! that the two are one long section to the retire side: nothing is freed early, and the wait ends when that one leaves
 //! or when the reader is dropped.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::cell::Cell;
 use core::marker::PhantomData;
@@ -44,7 +45,10 @@ use core::marker::PhantomData;
 use crate::barrier::{Debt, Fences};
 #[cfg(not(loom))]
 use crate::sync::spin_loop;
-use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering};
+use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering, Plain};
+
+/// Words that a reader has for its user.
+pub const NOTES: usize = 3;
 
 /// How many records a scan remembers on the stack before it waits for them.
 const SCAN: usize = if cfg!(loom) { 2 } else { 128 };
@@ -53,19 +57,23 @@ const SCAN: usize = if cfg!(loom) { 2 } else { 128 };
 #[cfg(not(loom))]
 const LOOKS: usize = 64;
 
-/// What one reader shares with the retire side. Twice the line size of common processors, which fetch lines in pairs.
-#[repr(align(128))]
+/// What one reader shares with the retire side, and the notes of its user. Twice the line size of common processors, which fetch
+/// lines in pairs.
+#[repr(C, align(128))]
 pub(crate) struct Record {
     word: AtomicU64,
     /// Times that the retire side wanted whatever was remembered to be forgotten.
     stamp: AtomicU64,
     /// Fences that the sections owe.
     debt: Debt,
+    notes: [Plain; NOTES],
     #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
     owner: crate::sync::AtomicUsize,
 }
 
 const _: () = assert!(align_of::<Record>() == 128);
+#[cfg(not(loom))]
+const _: () = assert!(core::mem::offset_of!(Record, notes) + size_of::<[Plain; NOTES]>() <= 64);
 
 impl Record {
     fn new(asymmetric: bool) -> Self {
@@ -73,6 +81,7 @@ impl Record {
             word: AtomicU64::new(0),
             stamp: AtomicU64::new(0),
             debt: Debt::new(asymmetric),
+            notes: [const { Plain::new(0) }; NOTES],
             #[cfg(all(debug_assertions, feature = "std", not(any(loom, shuttle))))]
             owner: crate::sync::AtomicUsize::new(0),
         }
@@ -245,11 +254,11 @@ pub(crate) trait Home: Send + Sync {
 ///
 /// Dropping it unregisters it; batches that wait for it count it as left. It keeps what it needs of the domain alive, the
 /// pending garbage included, so it may outlive the [`Domain`](crate::Domain).
-// The record comes first, for whoever puts what else a section needs into the same line.
+// The record comes first, for whoever puts what else a section needs into the same line; in a box, the rest takes one word.
 #[repr(C)]
 pub struct Reader {
     record: Arc<Record>,
-    home: Arc<dyn Home>,
+    home: Box<Arc<dyn Home>>,
     _not_sync: PhantomData<Cell<()>>,
 }
 
@@ -257,9 +266,15 @@ impl Reader {
     pub(crate) fn register(home: Arc<dyn Home>) -> Self {
         Self {
             record: home.registry().register(),
-            home,
+            home: Box::new(home),
             _not_sync: PhantomData,
         }
+    }
+
+    /// The words of this reader's user, [`NOTES`] of them, all 0 at first. They lie in the line that each section writes, so
+    /// that what is noted in them costs no other.
+    pub fn notes(&self) -> Notes {
+        Notes(self.record.clone())
     }
 
     /// Enters a section: what is reachable from here on stays until the section is dropped.
@@ -298,6 +313,24 @@ impl Drop for Reader {
 impl core::fmt::Debug for Reader {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str("Reader { .. }")
+    }
+}
+
+/// The words that a reader has for its user, see [`Reader::notes`]. They outlive the reader.
+#[derive(Clone)]
+pub struct Notes(Arc<Record>);
+
+impl Notes {
+    /// The words.
+    #[inline(always)]
+    pub fn words(&self) -> &[Plain; NOTES] {
+        &self.0.notes
+    }
+}
+
+impl core::fmt::Debug for Notes {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_tuple("Notes").field(self.words()).finish()
     }
 }
 

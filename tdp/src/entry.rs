@@ -59,18 +59,27 @@ impl TablePage {
         Some(EntryRef(entry, Site::UNKNOWN))
     }
 
-    /// Fills a page that no one else can reach yet, the caller owns its frame: with `first`, and what comes of it by adding `step`
-    /// once for each entry before.
-    #[allow(unsafe_code)]
+    /// Empties a page that no one else can reach yet: the caller owns its frame.
+    #[inline(always)]
+    pub(crate) fn empty<F: Format>(&self) {
+        self.fill_with(|_| F::EMPTY);
+    }
+
+    /// Fills such a page with `first`, and what comes of it by adding `step` once for each entry before.
     #[inline(always)]
     pub(crate) fn fill(&self, first: Spte, step: u64) {
         // A running sum and no multiple: the compiler makes wide stores of it.
         let mut sum = first.0;
-        let value = |_| {
+        self.fill_with(|_| {
             let value = Spte(sum);
             sum = sum.wrapping_add(step);
             value
-        };
+        });
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn fill_with(&self, value: impl FnMut(usize) -> Spte) {
         // UNSAFETY: plain stores to atomics, half as long as atomic ones.
         // SAFETY: nobody else has the frame: no entry leads to it before the exchange that links it, which publishes all of it
         // (INV: publish-complete), and who was led to it before is past a grace period (INV: flush-before-reuse).

@@ -23,7 +23,7 @@ use crate::protected::{
     Caller, Content, HandOffCause, HandOffError, HandOffStep, Patience, ProtectedTable,
 };
 use crate::root::Root;
-use crate::stats::{Shard, Stat, Tally};
+use crate::stats::{Stat, Tally};
 use crate::table::{self, Place, TableCache, TableState};
 use crate::vcpu::Context;
 use tdp_arch::{Format, Gfn, LeafAttrs, Level, Perms, Pfn, Spte};
@@ -88,10 +88,10 @@ pub(crate) fn private_leaf<F: Format>(pfn: Pfn, level: Level) -> Spte {
 
 impl<F: Format, H: Host> Context<F, H> {
     #[inline(always)]
-    fn caller(&self) -> Caller<'_, H::Protected, Shard> {
+    fn caller(&self) -> Caller<'_, H::Protected, Self> {
         Caller {
             table: self.host.protected(),
-            tally: &*self.shard,
+            tally: self,
             patience: Patience::Fault,
             resumable: self.capabilities.resumable,
         }
@@ -121,7 +121,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 level = root.level;
                 continue;
             } else if old == F::FROZEN {
-                self.shard.add(Stat::FrozenWaits, 1);
+                self.add(Stat::FrozenWaits, 1);
                 Next::Stop(Step::Wait(RetryReason::Frozen))
             } else {
                 self.private_step(tables, twins, &request, entry, level, old)
@@ -179,7 +179,7 @@ impl<F: Format, H: Host> Context<F, H> {
         });
         match done {
             Ok(()) => {
-                frozen.publish_new::<F>(private_leaf::<F>(pfn, level), &*self.shard);
+                frozen.publish_new::<F>(private_leaf::<F>(pfn, level), self);
                 Some(Step::Done(Outcome::Fixed { level }))
             }
             Err(cause) => match self.failed(place, HandOffStep::Install, cause) {
@@ -242,7 +242,7 @@ impl<F: Format, H: Host> Context<F, H> {
         });
         match done {
             Ok(()) => {
-                frozen.publish::<F>(private_leaf::<F>(pfn, place.level), &*self.shard);
+                frozen.publish::<F>(private_leaf::<F>(pfn, place.level), self);
                 Next::Stop(Step::Done(Outcome::Fixed { level: place.level }))
             }
             Err(cause) => self.failed(place, HandOffStep::Install, cause),
@@ -287,7 +287,7 @@ impl<F: Format, H: Host> Context<F, H> {
             }
         }
         let pfn = spare.keep();
-        frozen.publish::<F>(F::table(pfn), &*self.shard);
+        frozen.publish::<F>(F::table(pfn), self);
         Next::Descend(pfn)
     }
 

@@ -187,7 +187,7 @@ impl<F: Format, H: Host> Context<F, H> {
             self.collapse(request, entry, level, old)
         } else {
             let leaf = request.leaf::<F>(level, request.attrs);
-            match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
+            match entry::exchange::<F>(entry, level, old, leaf, self) {
                 Ok(()) => {
                     event::set_spte(entry.site(), level, leaf);
                     Next::Done(Outcome::Fixed { level })
@@ -219,7 +219,7 @@ impl<F: Format, H: Host> Context<F, H> {
                 gfn: level.align_down(gfn),
             },
         );
-        match entry::exchange::<F>(entry, level, old, to(pfn), &*self.shard) {
+        match entry::exchange::<F>(entry, level, old, to(pfn), self) {
             Ok(()) => Next::Descend(pfn),
             Err(_) => {
                 self.shared.meta.set_state(pfn, TableState::Spare);
@@ -255,14 +255,14 @@ impl<F: Format, H: Host> Context<F, H> {
         );
         // The whole old value is compared: a bit that the processor set after the children were made fails this.
         let table = request.table::<F>(pfn, level);
-        match entry::exchange::<F>(entry, level, old, table, &*self.shard) {
+        match entry::exchange::<F>(entry, level, old, table, self) {
             Ok(()) => {
-                self.shard.add(Stat::pages(below), TABLE_ENTRIES as i64);
-                self.shard.add(Stat::Splits, 1);
+                self.add(Stat::pages(below), TABLE_ENTRIES as i64);
+                self.add(Stat::Splits, 1);
                 Next::Descend(pfn)
             }
             Err(_) => {
-                page.fill(F::EMPTY, 0);
+                page.empty::<F>();
                 self.shared.meta.set_state(pfn, TableState::Spare);
                 cache.push(pfn);
                 Next::Again
@@ -275,7 +275,7 @@ impl<F: Format, H: Host> Context<F, H> {
         if F::leaf_pfn(old, level) != request.pfn(level) {
             // The backing changed without an invalidation: break before make.
             let mut pending = PendingFlush::new(&self.shared);
-            if entry::exchange::<F>(entry, level, old, F::EMPTY, &*self.shard).is_ok() {
+            if entry::exchange::<F>(entry, level, old, F::EMPTY, self).is_ok() {
                 let gfn = level.align_down(request.gfn);
                 self.shared.keep_dirty(self.as_id, gfn, level, old);
                 pending.note(self.as_id, level.range(request.gfn), false);
@@ -295,9 +295,9 @@ impl<F: Format, H: Host> Context<F, H> {
         attrs.mmu_writable |= old.0 & F::MMU_WRITABLE != 0;
         let leaf = request.leaf::<F>(level, attrs);
         let leaf = Spte(leaf.0 | old.0 & (F::ACCESSED | F::DIRTY));
-        match entry::exchange::<F>(entry, level, old, leaf, &*self.shard) {
+        match entry::exchange::<F>(entry, level, old, leaf, self) {
             Ok(()) => {
-                self.shard.add(Stat::Upgrades, 1);
+                self.add(Stat::Upgrades, 1);
                 event::set_spte(entry.site(), level, leaf);
                 Next::Done(Outcome::Fixed { level })
             }
@@ -345,19 +345,18 @@ impl<F: Format, H: Host> Context<F, H> {
     fn collapse(&self, request: Request, entry: EntryRef<'_>, level: Level, old: Spte) -> Next {
         let leaf = request.leaf::<F>(level, request.attrs);
         let mut pending = PendingFlush::new(&self.shared);
-        if entry::exchange::<F>(entry, level, old, leaf, &*self.shard).is_err() {
+        if entry::exchange::<F>(entry, level, old, leaf, self).is_err() {
             return Next::Again;
         }
         let Some(below) = level.below() else {
             return Next::Again;
         };
-        let harvest =
-            seal_subtree::<F, H>(&self.shared, F::pfn(old), below, &*self.shard, &mut pending);
+        let harvest = seal_subtree::<F, H>(&self.shared, F::pfn(old), below, self, &mut pending);
         self.shared
             .inherit(entry, level, request.pfn(level), harvest);
         pending.note(self.as_id, level.range(request.gfn), true);
         pending.flush();
-        self.shard.add(Stat::Collapses, 1);
+        self.add(Stat::Collapses, 1);
         event::set_spte(entry.site(), level, leaf);
         Next::Done(Outcome::Fixed { level })
     }

@@ -39,8 +39,16 @@ pub(crate) struct Memo<B> {
     stamp: Stamp,
     /// Null for none.
     slot: *const Slot<B>,
-    recipe: Recipe,
+    /// How a leaf of level 1 is made of a frame, but for the frame itself: the answer to the wish that came last.
+    leaf: Spte,
+    wish: Wish,
+    /// Bits that the number of a host frame may have in it.
+    pfn_bits: u8,
+    /// Whether the guest has a private half. Here, because it is the first thing that a fault asks.
+    confidential: bool,
 }
+
+const _: () = assert!(size_of::<Memo<()>>() <= 32);
 
 /// The tables that are part of the memo, apart from it because of their size. The more of a guest one leads to, the fewer are
 /// needed, and the longer the way from there.
@@ -92,16 +100,6 @@ impl Table {
     }
 }
 
-/// How a leaf of level 1 is made of a frame: the answer to a wish that came before.
-#[derive(Clone, Copy)]
-struct Recipe {
-    wish: Wish,
-    /// Bits that the number of a host frame may have.
-    pfn_bits: u32,
-    /// The leaf, without its frame.
-    leaf: Spte,
-}
-
 /// All that decides whether a leaf of level 1 is made, and what it looks like, but for its frame and the kind of access.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wish(u32);
@@ -146,16 +144,21 @@ unsafe impl<B: Send + Sync> Send for Memo<B> {}
 unsafe impl Send for Tables {}
 
 impl<B> Memo<B> {
-    pub(crate) const fn new() -> Self {
+    pub(crate) const fn new(confidential: bool) -> Self {
         Self {
             stamp: Stamp::NONE,
             slot: core::ptr::null(),
-            recipe: Recipe {
-                wish: Wish::NONE,
-                pfn_bits: 0,
-                leaf: Spte(0),
-            },
+            leaf: Spte(0),
+            wish: Wish::NONE,
+            pfn_bits: 0,
+            confidential,
         }
+    }
+
+    /// Whether the guest has a private half.
+    #[inline(always)]
+    pub(crate) const fn is_confidential(&self) -> bool {
+        self.confidential
     }
 
     /// What is remembered, if `section` may go by it.
@@ -170,14 +173,14 @@ impl<B> Memo<B> {
     /// Empties the memo, for what is found in a section that has read `stamp`.
     #[cold]
     pub(crate) fn renew(&mut self, tables: &mut Tables, stamp: Stamp) {
-        *self = Self::new();
+        *self = Self::new(self.confidential);
         *tables = Tables::new();
         self.stamp = stamp;
     }
 
     /// Forgets everything: another tree from now on.
     pub(crate) fn forget(&mut self) {
-        *self = Self::new();
+        *self = Self::new(self.confidential);
     }
 
     /// Remembers the slot used last.
@@ -189,12 +192,10 @@ impl<B> Memo<B> {
     /// Remembers how the leaf was made that answers a wish.
     #[inline(always)]
     pub(crate) fn note_leaf<F: Format>(&mut self, wish: Wish, attrs: LeafAttrs, pfn_limit: Pfn) {
-        self.recipe = Recipe {
-            wish,
-            // Of a limit that is no power of two, the part up to one.
-            pfn_bits: pfn_limit.0.ilog2(),
-            leaf: F::leaf(Pfn(0), Level::L1, attrs),
-        };
+        // Of a limit that is no power of two, the part up to one.
+        self.pfn_bits = pfn_limit.0.ilog2() as u8;
+        self.leaf = F::leaf(Pfn(0), Level::L1, attrs);
+        self.wish = wish;
     }
 }
 
@@ -255,9 +256,9 @@ impl<'s, B> Current<'_, 's, B> {
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
     #[inline(always)]
     pub(crate) fn leaf<F: Format>(&self, wish: Wish, pfn: Pfn) -> Option<Spte> {
-        let recipe = &self.memo.recipe;
-        let known = recipe.wish == wish && pfn.0 >> recipe.pfn_bits == 0;
-        known.then(|| F::with_pfn(recipe.leaf, pfn))
+        let memo = self.memo;
+        let known = memo.wish == wish && pfn.0 >> memo.pfn_bits == 0;
+        known.then(|| F::with_pfn(memo.leaf, pfn))
     }
 }
 

@@ -52,7 +52,7 @@ impl<F: Format, H: Host> Context<F, H> {
             .then(|| F::mmio(gfn, generation, self.shared.physical_bits))
             .flatten()
         else {
-            self.shard.add(Stat::Mmio, 1);
+            self.add(Stat::Mmio, 1);
             return mmio;
         };
         let outcome = self.walk(gfn, |entry, level, old| {
@@ -69,7 +69,7 @@ impl<F: Format, H: Host> Context<F, H> {
             if level > Level::L1 {
                 return self.link(cache, entry, level, old, gfn, F::table);
             }
-            match entry::exchange::<F>(entry, level, old, spte, &*self.shard) {
+            match entry::exchange::<F>(entry, level, old, spte, self) {
                 Ok(()) => {
                     event::mark_mmio(self.as_id, gfn, fault.access, generation);
                     self.forget_if_overtaken(entry, spte, generation);
@@ -79,7 +79,7 @@ impl<F: Format, H: Host> Context<F, H> {
             }
         });
         if outcome == mmio {
-            self.shard.add(Stat::Mmio, 1);
+            self.add(Stat::Mmio, 1);
         }
         outcome
     }
@@ -91,7 +91,7 @@ impl<F: Format, H: Host> Context<F, H> {
         fence(Ordering::SeqCst);
         if age(self.shared.slots.version()) != age(generation) {
             // Whatever else is there by now has taken its place.
-            let _ = entry::exchange::<F>(entry, Level::L1, spte, F::EMPTY, &*self.shard);
+            let _ = entry::exchange::<F>(entry, Level::L1, spte, F::EMPTY, self);
         }
     }
 
@@ -132,7 +132,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         let is_mmio = ctx.is_mmio(gfn);
         drop(section);
         if is_mmio {
-            ctx.shard.add(Stat::Mmio, 1);
+            ctx.add(Stat::Mmio, 1);
         }
         is_mmio
     }

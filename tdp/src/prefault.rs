@@ -190,7 +190,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if run.is_empty() {
             return 0;
         }
-        ctx.shard.add(Stat::calls(HandOffStep::Install), 1);
+        ctx.add(Stat::calls(HandOffStep::Install), 1);
         let hook = shared.host.protected();
         let done = match hook.install_many(&run, first, Content::Pending) {
             Ok(()) => run.len(),
@@ -205,8 +205,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         for (n, frozen) in run.into_iter().enumerate() {
             if n < done {
                 let pfn = Pfn(first.0 + n as u64);
-                frozen.publish::<F>(private_leaf::<F>(pfn, level), &*ctx.shard);
-                ctx.shard.add(Stat::Fixed, 1);
+                frozen.publish::<F>(private_leaf::<F>(pfn, level), ctx);
+                ctx.add(Stat::Fixed, 1);
             }
         }
         done as u64

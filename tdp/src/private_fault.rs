@@ -486,7 +486,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     /// Whether the guest may be entered once more with its fault at `gfn` unresolved. Counts it.
     fn may_send_back(&mut self, gfn: Gfn) -> bool {
         let may = self.sent_back.may(gfn);
-        self.ctx.shard.add(Stat::SentBack, i64::from(may));
+        self.ctx.add(Stat::SentBack, i64::from(may));
         may
     }
 }

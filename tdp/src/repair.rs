@@ -50,8 +50,8 @@ impl<F: Format, H: Host> Context<F, H> {
         let done = entry::amend::<F>(entry, level, old, new).is_ok();
         event::fast_page_fault(entry.site(), level, access, old, new, done);
         if done {
-            self.shard.add(Stat::Upgrades, 1);
-            self.shard.add(Stat::Fixed, 1);
+            self.add(Stat::Upgrades, 1);
+            self.add(Stat::Fixed, 1);
         }
         done
     }
@@ -81,8 +81,8 @@ impl<F: Format, H: Host> Context<F, H> {
                 if grants {
                     self.log_write(slot, gfn);
                 }
-                self.shard.add(Stat::Upgrades, 1);
-                self.shard.add(Stat::Fixed, 1);
+                self.add(Stat::Upgrades, 1);
+                self.add(Stat::Fixed, 1);
                 return Some(Outcome::Fixed { level });
             }
         }

@@ -105,8 +105,8 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         };
         let entry = self.ctx.small_entry_in(table, gfn)?;
         event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
-        entry::install_leaf::<F>(entry, Level::L1, leaf, &*self.ctx.shard).ok()?;
-        self.ctx.shard.add(Stat::Fixed, 1);
+        entry::install_leaf::<F>(entry, Level::L1, leaf, &self.ctx).ok()?;
+        self.ctx.add(Stat::Fixed, 1);
         event::set_spte(entry.site(), Level::L1, leaf);
         Some(Outcome::Fixed { level: Level::L1 })
     }
@@ -265,7 +265,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
         if fault.access.is_write() && slot.flags().contains(SlotFlags::READ_ONLY) {
             // Whatever the backing would say.
-            self.ctx.shard.add(Stat::Mmio, 1);
+            self.ctx.add(Stat::Mmio, 1);
             return Resolution::Done(Outcome::Mmio { read_only: true });
         }
         if !fault.prefetch
@@ -478,13 +478,13 @@ impl<F: Format, H: Host> Context<F, H> {
             let pfn = Pfn(mapping.pfn.0 & !(goal.pages() - 1));
             let leaf = F::leaf(pfn, goal, self.leaf_attrs(mapping, mapping.perms, prefetch));
             event::spte_requested(self.as_id, gfn, goal, pfn);
-            if entry::install_leaf::<F>(entry, goal, leaf, &*self.shard).is_ok() {
-                self.shard.add(Stat::Fixed, 1);
+            if entry::install_leaf::<F>(entry, goal, leaf, self).is_ok() {
+                self.add(Stat::Fixed, 1);
                 event::set_spte(entry.site(), goal, leaf);
                 return Fast::Fixed(goal);
             }
         } else if F::is_leaf(old, goal) && F::allows(old, access) {
-            self.shard.add(Stat::Spurious, 1);
+            self.add(Stat::Spurious, 1);
             return Fast::Spurious;
         } else if F::is_leaf(old, goal)
             && !prefetch
@@ -542,21 +542,21 @@ impl<F: Format, H: Host> Context<F, H> {
     #[inline(always)]
     pub(crate) fn count(&self, outcome: Outcome) {
         match outcome {
-            Outcome::Fixed { .. } => self.shard.add(Stat::Fixed, 1),
-            Outcome::Spurious => self.shard.add(Stat::Spurious, 1),
+            Outcome::Fixed { .. } => self.add(Stat::Fixed, 1),
+            Outcome::Spurious => self.add(Stat::Spurious, 1),
             _ => {}
         }
     }
 
     #[cold]
     pub(crate) fn retry(&self, reason: RetryReason) -> Outcome {
-        self.shard.add(reason.stat(), 1);
+        self.add(reason.stat(), 1);
         Outcome::Retry(reason)
     }
 
     #[cold]
     pub(crate) fn memory_fault(&self, reason: MemoryFault) -> Outcome {
-        self.shard.add(Stat::MemoryFault, 1);
+        self.add(Stat::MemoryFault, 1);
         Outcome::MemoryFault(reason)
     }
 }

@@ -217,7 +217,7 @@ impl<H: Host> RootSet<H> {
         let mut pfn = [Pfn(0)];
         host.frames().allocate(&mut pfn)?;
         let [pfn] = pfn;
-        table::page(host.frames(), pfn).fill(F::EMPTY, 0);
+        table::page(host.frames(), pfn).empty::<F>();
         meta.set_state(pfn, TableState::Spare);
         meta.link(
             pfn,

@@ -1,6 +1,7 @@
 //! Counters: one shard per vCPU, written by its owner alone, and one for sweeps.
 //!
-//! A shard lies on cache lines of its own (INV: no-shared-write). A vCPU adds by a plain load and store of its own
+//! A shard lies on cache lines of its own (INV: no-shared-write), but for what the common faults count: that is noted in the
+//! line which their critical sections write anyway. A vCPU adds by a plain load and store of its own
 //! word; a reader on another thread may see a sum that is a moment old, never a torn one. Gauges such as mapped pages
 //! are sums of signed shards: one vCPU may map what a sweep unmaps.
 
@@ -10,6 +11,7 @@ use alloc::vec::Vec;
 use core::cell::Cell;
 use tdp_arch::Level;
 use tdp_rcu::sync::{CachePadded, Mutex, Plain};
+use tdp_rcu::{NOTES, Notes};
 
 macro_rules! stats {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
@@ -84,37 +86,68 @@ impl Stat {
     }
 }
 
+/// What is counted in the words that a reader of the epoch domain has for its user, in their order.
+const NOTED: [Stat; NOTES] = [Stat::Pages4K, Stat::Fixed, Stat::CallInstall];
+
+impl Stat {
+    /// Where it is among those.
+    #[inline(always)]
+    const fn note(self) -> Option<usize> {
+        let mut at = 0;
+        while at < NOTED.len() {
+            if NOTED[at] as usize == self as usize {
+                return Some(at);
+            }
+            at += 1;
+        }
+        None
+    }
+}
+
 /// Somewhere to count.
 pub(crate) trait Tally {
     /// Adds `n`.
     fn add(&self, stat: Stat, n: i64);
 }
 
-/// Counters of one vCPU. Only its owner adds.
-pub(crate) struct Shard(CachePadded<[Plain; STATS]>);
+/// Words to count in.
+struct Words(CachePadded<[Plain; STATS]>);
 
-impl Default for Shard {
+impl Default for Words {
     fn default() -> Self {
         Self(CachePadded::new([const { Plain::new(0) }; STATS]))
     }
 }
 
-impl Tally for Shard {
-    #[inline(always)]
-    fn add(&self, stat: Stat, n: i64) {
-        self.0[stat as usize].add_owned(n as u64);
-    }
+/// Counters of one vCPU. Only its owner adds.
+pub(crate) struct Shard {
+    /// In place of some of the rest.
+    notes: Notes,
+    rest: Words,
 }
 
 impl Shard {
+    /// The word of what is counted, if one knows the notes of this shard: to whom they are nearer than the shard itself.
+    #[inline(always)]
+    pub(crate) fn word<'a>(self: &'a Arc<Self>, notes: &'a Notes, stat: Stat) -> &'a Plain {
+        match stat.note() {
+            Some(at) => &notes.words()[at],
+            None => &self.rest.0[stat as usize],
+        }
+    }
+
     fn get(&self, stat: Stat) -> i64 {
-        self.0[stat as usize].get() as i64
+        let word = match stat.note() {
+            Some(at) => &self.notes.words()[at],
+            None => &self.rest.0[stat as usize],
+        };
+        word.get() as i64
     }
 }
 
 /// Counters of all sweeps.
 #[derive(Default)]
-pub(crate) struct SharedShard(Shard);
+pub(crate) struct SharedShard(Words);
 
 impl Tally for SharedShard {
     fn add(&self, stat: Stat, n: i64) {
@@ -163,9 +196,13 @@ pub(crate) struct Shards {
 }
 
 impl Shards {
-    /// Makes a shard for a new vCPU. It stays listed for as long as the MMU lives or until it is folded away.
-    pub(crate) fn vcpu(&self) -> Arc<Shard> {
-        let shard = Arc::new(Shard::default());
+    /// Makes a shard for a new vCPU, whose notes are given. It stays listed for as long as the MMU lives or until it is folded
+    /// away.
+    pub(crate) fn vcpu(&self, notes: Notes) -> Arc<Shard> {
+        let shard = Arc::new(Shard {
+            notes,
+            rest: Words::default(),
+        });
         self.vcpus.lock().push(shard.clone());
         shard
     }
@@ -174,13 +211,16 @@ impl Shards {
     pub(crate) fn retire(&self, shard: &Arc<Shard>) {
         let mut vcpus = self.vcpus.lock();
         vcpus.retain(|other| !Arc::ptr_eq(other, shard));
-        for (into, from) in self.sweeps.0.0.iter().zip(shard.0.iter()) {
-            into.add_shared(from.get());
+        let own = shard.rest.0.iter().chain(shard.notes.words());
+        let stats = (0..STATS).chain(NOTED.map(|stat| stat as usize));
+        for (stat, from) in stats.zip(own) {
+            self.sweeps.0.0[stat].add_shared(from.get());
         }
     }
 
     fn sum(&self, vcpus: &[Arc<Shard>], stat: Stat) -> i64 {
-        self.sweeps.0.get(stat) + vcpus.iter().map(|shard| shard.get(stat)).sum::<i64>()
+        self.sweeps.0.0[stat as usize].get() as i64
+            + vcpus.iter().map(|shard| shard.get(stat)).sum::<i64>()
     }
 
     /// Adds everything up.

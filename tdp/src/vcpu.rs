@@ -17,11 +17,11 @@ use crate::protected::{Capabilities, ProtectedTable};
 use crate::resolve::{Fast, Resolution};
 use crate::root::{CachedRoot, LoadedRoot, Root, RootCache};
 use crate::slots::{Slot, Snapshot};
-use crate::stats::Shard;
+use crate::stats::{Shard, Stat, Tally};
 use crate::table::{self, TableCache, TableState};
 use alloc::sync::Arc;
 use tdp_arch::{Access, AdBits, Format, Gfn, Gpa, Level};
-use tdp_rcu::{Reader, Section};
+use tdp_rcu::{Notes, Reader, Section};
 
 /// Tables that one fault may need: one for each level below a root of level 5, and one to spare.
 const TABLES_PER_FAULT: usize = 5;
@@ -33,7 +33,7 @@ pub(crate) const RECLAIM_ROUNDS: usize = 128;
 /// One vCPU. Made by [`Mmu::vcpu`](crate::Mmu::vcpu); may move between threads, but not be shared.
 ///
 /// Aligned to two cache lines, so that neither of two vCPUs side by side in memory slows the other.
-// In this order, so that all that the common fault reads of it is in the first two lines, but for one remembered table.
+// In this order, so that all that the common fault reads of it is in the first line, but for one remembered table.
 #[repr(C, align(128))]
 pub struct Vcpu<F: Format, H: Host> {
     pub(crate) reader: Reader,
@@ -58,18 +58,27 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
 /// What a fault reads and does not change: where it works, and for whom.
 #[repr(C)]
 pub(crate) struct Context<F: Format, H: Host> {
-    pub(crate) shard: Arc<Shard>,
+    /// What it counts in, and where the common faults do.
+    notes: Notes,
+    /// The same as `shared`'s, one step nearer.
+    pub(crate) host: SharedHost<H>,
+    shard: Arc<Shard>,
     pub(crate) root: Arc<Root<H>>,
     /// The root of the private half, if there is one.
     pub(crate) private_root: Option<Arc<Root<H>>>,
     /// What the module of the private half can do.
     pub(crate) capabilities: Capabilities,
-    /// The same as `shared`'s, one step nearer.
-    pub(crate) host: SharedHost<H>,
     pub(crate) shared: Arc<Shared<F, H>>,
     pub(crate) as_id: AddressSpaceId,
     /// Where it notes the pages that it lets be written, if there are rings.
     pub(crate) ring: Option<Arc<DirtyRing>>,
+}
+
+impl<F: Format, H: Host> Tally for Context<F, H> {
+    #[inline(always)]
+    fn add(&self, stat: Stat, n: i64) {
+        self.shard.word(&self.notes, stat).add_owned(n as u64);
+    }
 }
 
 impl<F: Format, H: Host> Vcpu<F, H> {
@@ -83,17 +92,19 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             .map_or(Capabilities::none(), |confidential| {
                 confidential.capabilities
             });
-        let shard = shared.shards.vcpu();
-        let ring = shared.rings.vcpu();
         let reader = shared.domain.reader();
+        let notes = reader.notes();
+        let shard = shared.shards.vcpu(notes.clone());
+        let ring = shared.rings.vcpu();
         let core = VcpuCore {
-            memo: Memo::new(),
+            memo: Memo::new(private_root.is_some()),
             ctx: Context {
+                notes,
+                host: shared.host.clone(),
                 shard,
                 root,
                 private_root,
                 capabilities,
-                host: shared.host.clone(),
                 shared,
                 as_id,
                 ring,
@@ -123,7 +134,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             private,
         } = fault;
         event::page_fault(self.core.ctx.as_id, gpa, access, prefetch);
-        if self.core.ctx.private_root.is_some() {
+        if self.core.memo.is_confidential() {
             return self.fault_confidential(gpa, access, max_level, prefetch, private);
         }
         let section = self.reader.enter();
@@ -352,7 +363,7 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         event::page_fault(self.core.ctx.as_id, fault.gpa, fault.access, fault.prefetch);
         self.section.repin();
-        if self.core.ctx.private_root.is_some() {
+        if self.core.memo.is_confidential() {
             return self.fault_confidential(fault);
         }
         match self.core.fault_straight(&self.section, &fault) {
@@ -531,7 +542,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let count = frames.allocate(room)?.min(most);
         for &pfn in self.cache.grown(count) {
             shared.meta.set_state(pfn, TableState::Spare);
-            table::page(frames, pfn).fill(F::EMPTY, 0);
+            table::page(frames, pfn).empty::<F>();
         }
         Ok(())
     }

@@ -168,7 +168,7 @@ fn unwinding_leaves_the_section() {
     let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let _section = reader.enter();
         assert!(!home.0.snapshot().have_left());
-        std::panic::resume_unwind(std::boxed::Box::new(()));
+        std::panic::resume_unwind(Box::new(()));
     }));
     assert!(unwound.is_err());
     assert!(home.0.snapshot().have_left());
