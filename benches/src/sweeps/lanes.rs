@@ -193,11 +193,14 @@ fn lanes<F: Walked>(backing: Backing) -> Result<Vec<Lane>, Error> {
         Age, ClearDirty, ClearMasks, Collapse, ProtectMasks, Split, Track, WriteProtect, Zap,
     };
     let gfns = backing.gfns;
-    let ours = our_setup(backing, 1)?;
-    let theirs = Setup {
-        backing,
-        huge: false,
+    // Tables in large pages of the system's, as a kernel has its own, and everybody alike. Else what a sweep costs is what a miss
+    // in the TLB costs, one a table.
+    let huge = true;
+    let ours = OurSetup {
+        huge,
+        ..our_setup(backing, 1)?
     };
+    let theirs = Setup { backing, huge };
     let plain = Ours::<F, WholeFault>::with(ours, Tables::Warm, Processor, |builder| builder);
     let software = Ours::<F, WholeFault>::with(ours, Tables::Warm, Software, |builder| builder);
     let by_bit = Ours::<F, WholeFault>::with(ours, Tables::Warm, Processor, |builder| {
