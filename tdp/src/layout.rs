@@ -3,9 +3,9 @@
 
 use crate::mmu::Shared;
 use crate::software::SoftwareHost;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Context, Vcpu, VcpuCore};
 use core::ops::Range;
-use memoffset::span_of;
+use memoffset::{offset_of, span_of};
 use std::vec::Vec;
 use tdp_arch::Ept;
 
@@ -51,4 +51,15 @@ fn faults_read_no_line_that_sweeps_write() {
 fn two_vcpus_side_by_side_share_no_line() {
     assert_eq!(align_of::<Vcpu<Ept, SoftwareHost>>() % LINE, 0);
     assert_eq!(size_of::<Vcpu<Ept, SoftwareHost>>() % LINE, 0);
+}
+
+/// What the straight path of a fault reads of its vCPU, but for one remembered table, is in the first line.
+#[test]
+fn a_fault_reads_one_line_of_its_vcpu() {
+    type Core = VcpuCore<Ept, SoftwareHost>;
+    type Ctx = Context<Ept, SoftwareHost>;
+    let core = offset_of!(Vcpu<Ept, SoftwareHost>, core);
+    let ctx = core + offset_of!(Core, ctx);
+    let last = span_of!(Ctx, notes..=host);
+    assert!(ctx + last.end <= 64, "{last:?} from {ctx} on");
 }

@@ -253,6 +253,12 @@ impl<'s, B> Current<'_, 's, B> {
         unsafe { page.as_ref() }
     }
 
+    /// Whether it is remembered how a leaf is made.
+    #[inline(always)]
+    pub(crate) fn has_recipe(&self) -> bool {
+        self.memo.wish != Wish::NONE
+    }
+
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
     #[inline(always)]
     pub(crate) fn leaf<F: Format>(&self, wish: Wish, pfn: Pfn) -> Option<Spte> {

@@ -2,7 +2,9 @@
 //!
 //! Protocol. The address, or the fault itself, says whether the access was to private memory; the attributes say what the
 //! frame is. A fault on the other half than the attributes say is the embedder's. On its own half it is resolved in the
-//! shared tree as any guest's is, or in the private tree by a hand-off (`handoff.rs`).
+//! shared tree as any guest's is, or in the private tree by a hand-off (`handoff.rs`). There are the same three ways through as
+//! for any fault (`resolve.rs`). The straight one does not ask for the attribute: with a private table the memo remembers that
+//! all frames below are private.
 //!
 //! A private fault that has to wait, for a frozen entry, an invalidation or a busy module, leaves its critical section and
 //! waits outside, at first for a bounded time (INV: progress). Then the guest is entered again, which gives it its
@@ -11,6 +13,7 @@
 
 use crate::attributes::Visibility;
 use crate::confidential::{Confidential, Phase};
+use crate::entry::EntryRef;
 use crate::fault::{Fault, FaultError, MemoryFault, Outcome, RetryReason};
 use crate::handoff::{PrivateRequest, Step};
 use crate::host::{Host, Lookup, OutOfFrames};
@@ -20,7 +23,7 @@ use crate::slots::{Slot, SlotFlags};
 use crate::stats::{Stat, Tally};
 use crate::vcpu::{Batch, Vcpu, VcpuCore};
 use alloc::sync::Arc;
-use tdp_arch::{Access, Format, Gfn, Gpa, Level};
+use tdp_arch::{Access, Format, Gfn, Gpa, Level, Pfn};
 use tdp_rcu::Section;
 use tdp_rcu::sync::Pause;
 
@@ -36,6 +39,16 @@ enum Attempt<B> {
     Step(Step),
     /// The look-up has to sleep, outside. Holds the slot and the invalidation sequence before it.
     Sleep(Arc<Slot<B>>, u64),
+}
+
+/// What the straight path of a private fault came to.
+enum Straight {
+    /// This is to be told to the guest.
+    Told(Outcome),
+    /// There is more to it. Nothing was changed.
+    NotTaken,
+    /// Another was at the entry first, or the module is too busy. Nothing was changed in the end.
+    InVain,
 }
 
 /// Who wants private memory mapped.
@@ -75,8 +88,9 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             let straight = self.core.private_straight(&section, gfn, max_level);
             drop(section);
             return match straight {
-                Some(outcome) => Ok(outcome),
-                None => self.fault_private(gfn, max_level, Origin::Guest),
+                Straight::Told(outcome) => Ok(outcome),
+                Straight::NotTaken => self.fault_private(gfn, max_level, Origin::Guest),
+                Straight::InVain => self.fault_private_slow(gfn, max_level, Origin::Guest),
             };
         }
         self.fault_shared(Fault {
@@ -112,7 +126,6 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             let fast = self.core.private_fast(&section, gfn, at_most);
             drop(section);
             if let Some(outcome) = fast {
-                self.core.sent_back.resolved(gfn);
                 return Ok(outcome);
             }
         }
@@ -225,9 +238,12 @@ impl<F: Format, H: Host> Batch<'_, F, H> {
                 }),
             };
         }
-        let straight = core.private_straight(section, gfn, fault.max_level);
-        if let Some(outcome) = straight.or_else(|| core.private_fast(section, gfn, fault.max_level))
-        {
+        let quick = match core.private_straight(section, gfn, fault.max_level) {
+            Straight::Told(outcome) => Some(outcome),
+            Straight::NotTaken => core.private_fast(section, gfn, fault.max_level),
+            Straight::InVain => None,
+        };
+        if let Some(outcome) = quick {
             return Ok(outcome);
         }
         self.top_up()?;
@@ -279,39 +295,53 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         self.fault_fast(section, gfn, fault.access, fault.max_level, fault.prefetch)
     }
 
-    /// The straight path of a private fault: on an empty entry of level 1, with all that it needs in the memo. `None` if there is
-    /// more to it, and nothing was changed then, or a call of the module was in vain.
+    /// The straight path of a private fault: on an empty entry of level 1, with all that it needs in the memo.
     #[inline(always)]
-    fn private_straight(
-        &mut self,
-        section: &Section<'_>,
+    fn private_straight(&mut self, section: &Section<'_>, gfn: Gfn, at_most: Level) -> Straight {
+        let Some((entry, pfn)) = self.private_wish(section, gfn, at_most) else {
+            return Straight::NotTaken;
+        };
+        let step = self.ctx.hand_over_leaf(entry, gfn, pfn, Level::L1);
+        match step.and_then(|step| self.told(gfn, step)) {
+            Some(outcome) => Straight::Told(outcome),
+            None => Straight::InVain,
+        }
+    }
+
+    /// The empty entry of level 1 for a private page, and the host frame that is to go there, if the memo has all that it takes
+    /// to tell.
+    #[inline(always)]
+    fn private_wish<'s>(
+        &self,
+        section: &'s Section<'_>,
         gfn: Gfn,
         at_most: Level,
-    ) -> Option<Outcome> {
+    ) -> Option<(EntryRef<'s>, Pfn)> {
         let memo = self.memo.current(section)?;
         let table = memo.private(&self.tables, gfn)?;
-        if self.confidential()?.phase() != Phase::Running || self.sent_back.any {
+        if self.confidential()?.phase() != Phase::Running {
             return None;
         }
+        // Looked at before the host is asked; what is in the way is nobody's business here.
+        let entry = table
+            .get(Level::L1.index(gfn))
+            .filter(|entry| entry.load() == F::EMPTY)?;
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
         let ctx = &self.ctx;
         let Lookup::Mapped(mapping) = ctx.host.lookup_private(slot, gfn) else {
             return None;
         };
         let goal = mapping.level.min(at_most).min(ctx.capabilities.leaf_levels);
-        if goal != Level::L1 || mapping.pfn >= ctx.shared.pfn_limit {
-            return None;
-        }
-        let entry = table.get(Level::L1.index(gfn))?;
-        self.told(ctx.hand_over_leaf(entry, gfn, mapping.pfn, Level::L1)?)
+        (goal == Level::L1 && mapping.pfn < ctx.shared.pfn_limit).then_some((entry, mapping.pfn))
     }
 
     /// What the guest is told of a step; `None` if the step has to be waited for.
     #[inline(always)]
-    fn told(&self, step: Step) -> Option<Outcome> {
+    fn told(&mut self, gfn: Gfn, step: Step) -> Option<Outcome> {
         match step {
             Step::Done(outcome) => {
                 self.ctx.count(outcome);
+                self.sent_back.resolved(gfn);
                 Some(outcome)
             }
             Step::Failed(error) => Some(self.ctx.refused(error)),
@@ -319,7 +349,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         }
     }
 
-    /// The fast path of a private fault: `None` if it gave up, having changed nothing.
+    /// The fast path of a private fault: `None` if it gave up, having changed nothing, or if a call of the module was in vain.
     #[inline(always)]
     fn private_fast(&mut self, section: &Section<'_>, gfn: Gfn, at_most: Level) -> Option<Outcome> {
         if !self.remembers(section) {
@@ -349,7 +379,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             goal = ctx.aligned(gfn, mapping.pfn, slot.level_at(gfn, goal));
             goal = ctx.uniform_level(gfn, goal);
         }
-        // A table that is blocked is entered as well: its entries are sealed.
+        // INV: parent-before-child: a table that is blocked is entered as well, but its entries are sealed (`range/blocked.rs`).
         let step = if goal == Level::L1 {
             let table = ctx.table_of(root, gfn, Level::L1)?;
             let confidential = self.confidential();
@@ -361,7 +391,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             let (_, table) = ctx.table_of(root, gfn, goal)?;
             ctx.install_private_fast(table, gfn, mapping.pfn, goal)?
         };
-        self.told(step)
+        self.told(gfn, step)
     }
 
     fn resolve_private(

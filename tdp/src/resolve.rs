@@ -59,6 +59,10 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Option<Outcome> {
         let gfn = fault.gpa.gfn();
         let memo = self.memo.current(section)?;
+        // Without a recipe, as of a guest of large pages, nothing would come of the look-up.
+        if !memo.has_recipe() {
+            return None;
+        }
         // The recipe may be another slot's.
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
         let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {

@@ -1,8 +1,8 @@
 //! One vCPU's end of the MMU: everything that a fault needs and nobody else writes.
 //!
 //! Protocol. A [`Vcpu`] is used by one thread at a time. Its tables are topped up *outside* the critical section, so a
-//! fault never allocates inside one. Its critical section is its own word of the epoch domain; its counters, its cache
-//! and its memo are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
+//! fault never allocates inside one. Its critical section is its own word of the epoch domain, with what the common faults
+//! count beside it; its other counters, its cache and its memo are its own memory (INV: no-shared-write). Its root is counted: the tree under it stays walkable,
 //! even when it is obsolete, until [`Vcpu::load_root`] takes the next one. So are the roots that it has left for another
 //! address space or another kind of tree, until it finds them obsolete.
 
@@ -59,7 +59,7 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
 #[repr(C)]
 pub(crate) struct Context<F: Format, H: Host> {
     /// What it counts in, and where the common faults do.
-    notes: Notes,
+    pub(crate) notes: Notes,
     /// The same as `shared`'s, one step nearer.
     pub(crate) host: SharedHost<H>,
     shard: Arc<Shard>,

@@ -4,8 +4,9 @@
 //! else (INV: volatile-atomic). Where it does not, a leaf is young unless it is *access-tracked*: aging saves its
 //! permissions in software bits and takes them away; the next access faults, and [`repair`](crate::repair) gives them back
 //! by one exchange. Young is what this sweep made old, not what it found young: of two sweeps at once one is told of a use,
-//! so that the histories of all who ask add up. Nothing is flushed: a translation that is still cached hides an access or
-//! two, and whoever takes away a permission for good flushes whether or not it found the leaf tracked.
+//! or none if the leaf was taken away or folded meanwhile, so that the histories of all who ask add up. Nothing is flushed:
+//! a translation that is still cached hides an access or two, and whoever takes away a permission for good flushes whether
+//! or not it found the leaf tracked.
 
 use crate::entry;
 use crate::event;
@@ -49,7 +50,8 @@ impl<F: Format, H: Host> Shared<F, H> {
 
 impl<F: Format, H: Host> Mmu<F, H> {
     /// Makes every page of a range old and returns whether the guest has used one since it was last made old. A large
-    /// leaf is one page. Of two calls at once, one is told of a use. Takes no lock and flushes nothing: accesses through cached translations may go unseen.
+    /// leaf is one page. Of two calls at once, one at most is told of a use. Takes no lock and flushes nothing: accesses
+    /// through cached translations may go unseen.
     pub fn age(&self, as_id: AddressSpaceId, range: impl Into<GfnRange>) -> bool {
         let mut young = false;
         self.shared.sweep_ages(as_id, range.into(), |leaf, aged| {

@@ -94,7 +94,7 @@ fn a_fault_against_the_removal_of_its_table() {
     });
 }
 
-/// The same for a fault that goes by the table of level 2 that it remembers.
+/// The same for a fault that goes by the table that it remembers.
 #[test]
 fn a_fault_that_remembers_against_the_removal_of_its_table() {
     explore("remembering hand-off x zap of the table", Some(2), || {

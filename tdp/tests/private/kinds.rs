@@ -9,7 +9,7 @@ use tdp::protected::{
 use tdp::{
     AddressSpaceId, ConvertError, EntryPlace, Ept, Fault, FaultError, FrozenEntry, Gfn, ImageError,
     Level, LinearBacking, MemoryFault, MmapPool, Mmu, OutOfFrames, Outcome, Pfn, Phase, PoolConfig,
-    ProtectedTable, Slot, SoftwareHost, TlbTracker, Visibility,
+    ProtectedTable, Slot, SlotFlags, SoftwareHost, TlbTracker, Visibility,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -608,5 +608,56 @@ fn threads_wait_for_no_other_ticket_where_the_module_can_do_with_many() {
         assert_eq!(first.join().unwrap().frames, 1);
     });
     assert_eq!(mmu.stats().protected.ticket_waits, 0);
+    check(&mmu);
+}
+
+fn write(gfn: u64) -> Fault {
+    Fault::write(Gfn(gfn).address()).private()
+}
+
+/// A vCPU that remembers its private table asks the module for nothing once the guest is lost.
+#[test]
+fn who_remembers_the_table_sees_that_the_guest_is_lost() {
+    let mmu = usual();
+    let mut vcpu = mmu.vcpu().unwrap();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(write(n)), FIXED);
+    }
+    script(&mmu, HandOffStep::Install, [Failure::Fatal]);
+    assert_eq!(touch(&mmu, 10), REFUSED);
+    let calls = || mmu.stats().protected.calls_of(HandOffStep::Install);
+    let before = calls();
+    assert_eq!(vcpu.fault(write(4)), REFUSED);
+    assert_eq!(calls(), before);
+    check(&mmu);
+}
+
+/// Slots may share a table. A vCPU that remembers it looks at each as if it did not.
+#[test]
+fn who_remembers_the_table_looks_at_each_slot_of_it() {
+    let mmu = usual();
+    let base = 1 << 15;
+    let slot = |first: u64, private: Pfn| {
+        let backing = LinearBacking::new(Pfn(0x8_0000 + first), Level::L1).with_private(private);
+        Slot::new(Gfn(base + first)..Gfn(base + first + 128), backing)
+    };
+    let read_only = slot(128, Pfn(0x20_0000)).with_flags(SlotFlags::READ_ONLY);
+    let beyond_the_host = slot(256, Pfn(1 << 50));
+    for slot in [slot(0, Pfn(0x30_0000)), read_only, beyond_the_host] {
+        mmu.slots().insert(slot).unwrap();
+    }
+    let mut vcpu = mmu.vcpu().unwrap();
+    let fault = |reason| Ok(Outcome::MemoryFault(reason));
+    let expected = [
+        FIXED,
+        fault(MemoryFault::NotPermitted),
+        fault(MemoryFault::NotBacked),
+        fault(MemoryFault::NotBacked),
+    ];
+    for (first, expected) in [0, 128, 256, 384].into_iter().zip(expected) {
+        for n in 0..4 {
+            assert_eq!(vcpu.fault(write(base + first + n)), expected, "{first}");
+        }
+    }
     check(&mmu);
 }
