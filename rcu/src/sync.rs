@@ -118,6 +118,24 @@ pub fn prefetch<T>(value: &T, lines: usize) {
     let _ = (value, lines);
 }
 
+/// Has the processor fetch the cache line of a value that is about to be exchanged, to be written: an exchange waits for all
+/// instructions before it, and only then for its line.
+#[inline(always)]
+pub fn prefetch_for_exchange<T>(value: &T) {
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    // SAFETY: a hint that changes nothing and faults on nothing; a processor that does not know it takes it for a NOP (Intel SDM
+    // volume 2, PREFETCHW; AMD APM volume 3, PREFETCHW).
+    unsafe {
+        core::arch::asm!(
+            "prefetchw [{}]",
+            in(reg) core::ptr::from_ref(value),
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+    let _ = value;
+}
+
 /// A mutual-exclusion lock for the control plane. Poison is ignored: what it guards here is left whole by every panic.
 pub struct Mutex<T>(RawMutex<T>);
 

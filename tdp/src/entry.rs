@@ -24,7 +24,7 @@ use crate::event::{self, Site};
 use crate::nx;
 use crate::stats::{Stat, Tally};
 use tdp_arch::{Format, Level, Spte};
-use tdp_rcu::sync::{Atomic, Backoff, Ordering, fill_unshared};
+use tdp_rcu::sync::{Atomic, Backoff, Ordering, fill_unshared, prefetch_for_exchange};
 
 /// Entries of a table page. A model checker gets a handful, so that it can explore sealing.
 pub(crate) const TABLE_ENTRIES: usize = if cfg!(loom) {
@@ -123,6 +123,12 @@ impl EntryRef<'_> {
     #[inline(always)]
     pub(crate) fn site(self) -> Site {
         self.1
+    }
+
+    /// Has the processor fetch the entry, which is to be exchanged.
+    #[inline(always)]
+    pub(crate) fn fetch(self) {
+        prefetch_for_exchange(self.0);
     }
 
     /// The entry now.

@@ -4,7 +4,7 @@
 //! Then the mapping is installed. There are three ways through:
 //!
 //! * the **straight path** has all that in the vCPU's memo (`memo.rs`), is part of its caller's code, and makes a leaf of an
-//!   empty entry or leaves everything to the next;
+//!   empty entry or leaves everything to the next. The entry is on its way from memory while the host is asked;
 //! * the **fast path** walks where the memo has no table, and knows large leaves and spurious faults. It gives up, having
 //!   changed nothing, at the first thing out of the ordinary: a missing table, a look-up that has to sleep, an entry that is
 //!   neither empty nor a leaf that permits the access or may be made to;
@@ -63,13 +63,14 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         if !memo.has_recipe() {
             return None;
         }
+        let entry = self.small_entry(&memo, gfn)?;
         // The recipe may be another slot's.
         let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
         let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {
             return None;
         };
         let wish = Wish::new(&mapping, fault.max_level, fault.prefetch);
-        self.put(&memo, gfn, &mapping, fault.access, wish)
+        self.put(&memo, entry, gfn, &mapping, fault.access, wish)
     }
 
     /// The same of a bare map.
@@ -82,23 +83,18 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         access: Access,
     ) -> Option<Outcome> {
         let memo = self.memo.current(section)?;
+        let entry = self.small_entry(&memo, gfn)?;
         let wish = Wish::new(mapping, Level::L3, false);
-        self.put(&memo, gfn, mapping, access, wish)
+        self.put(&memo, entry, gfn, mapping, access, wish)
     }
 
+    /// The entry of level 1 of `gfn` by what the memo has, on its way from memory while its caller does other things.
     #[inline(always)]
-    fn put(
-        &self,
-        memo: &Current<'_, '_, H::Backing>,
+    fn small_entry<'a>(
+        &'a self,
+        memo: &Current<'_, 'a, H::Backing>,
         gfn: Gfn,
-        mapping: &Mapping,
-        access: Access,
-        wish: Wish,
-    ) -> Option<Outcome> {
-        let leaf = memo.leaf::<F>(wish, mapping.pfn)?;
-        if !mapping.perms.contains(access.needs()) {
-            return None;
-        }
+    ) -> Option<EntryRef<'a>> {
         let table = match memo.small(&self.tables, gfn) {
             Some(table) => table,
             None => {
@@ -108,6 +104,24 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             }
         };
         let entry = self.ctx.small_entry_in(table, gfn)?;
+        entry.fetch();
+        Some(entry)
+    }
+
+    #[inline(always)]
+    fn put(
+        &self,
+        memo: &Current<'_, '_, H::Backing>,
+        entry: EntryRef<'_>,
+        gfn: Gfn,
+        mapping: &Mapping,
+        access: Access,
+        wish: Wish,
+    ) -> Option<Outcome> {
+        let leaf = memo.leaf::<F>(wish, mapping.pfn)?;
+        if !mapping.perms.contains(access.needs()) {
+            return None;
+        }
         event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
         entry::install_leaf::<F>(entry, Level::L1, leaf, &self.ctx).ok()?;
         self.ctx.add(Stat::Fixed, 1);
