@@ -151,6 +151,7 @@ impl Tree {
     /// widened there, a table at the goal gives way, holes are filled.
     pub(crate) fn install(&mut self, new: Install) -> Installed {
         let goal = new.goal;
+        let mut was_split = false;
         while let Some((start, leaf)) = self.leaf_at(new.gfn) {
             if leaf.level < goal {
                 break;
@@ -161,11 +162,13 @@ impl Tree {
             if leaf.level > goal {
                 self.leaves.remove(&start);
                 self.split(start, leaf);
+                was_split = true;
                 continue;
             }
             let mut made = new.leaf();
             if leaf.pfn == made.pfn {
-                if let Some(level) = self.repair(new.gfn, new.access, false) {
+                // What a split has just made is widened, and is used by who faults; what was there before is repaired.
+                if !was_split && let Some(level) = self.repair(new.gfn, new.access, false) {
                     return Installed::Fixed(level);
                 }
                 made.perms |= leaf.perms;
