@@ -317,6 +317,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         gfn: Gfn,
         at_most: Level,
     ) -> Option<(EntryRef<'s>, Pfn)> {
+        // INV: no-stale-install: a conversion or a change of slots since would have moved the stamp, and waits for this section.
         let memo = self.memo.current(section)?;
         let table = memo.private(&self.tables, gfn)?;
         if self.confidential()?.phase() != Phase::Running {
