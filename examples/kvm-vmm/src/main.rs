@@ -148,10 +148,19 @@ fn migrate(options: &Options, ahead: usize) -> Outcome<()> {
         }
         _ => "only ours".into(),
     };
+    let ahead = match (it.ahead_pages_per_s, it.downtime_ms) {
+        (Some(rate), Some(down)) => {
+            format!(
+                "ahead {:?} pages, {rate:.0} pages/s; down for {down:.1} ms",
+                it.ahead
+            )
+        }
+        _ => "nothing ahead".into(),
+    };
     let text = format!(
         "{} vCPUs ({}), {} MiB, {} workers, {} migrations: {} wrong words, {} double fills\n\
-         ahead {:?} pages, {:.0} pages/s; down for {:.1} ms; {} absent, {} fetched\n\
-         after the switch {:.0} pages/s, one mutex {:.0}: {:.2} times\n\
+         {ahead}; {} absent, {} fetched\n\
+         where nothing goes ahead {:.0} pages/s, one mutex {:.0}: {:.2} times\n\
          logs: {logs}",
         it.vcpus,
         it.machine,
@@ -160,9 +169,6 @@ fn migrate(options: &Options, ahead: usize) -> Outcome<()> {
         it.migrations,
         it.wrong_words,
         it.double_fills,
-        it.ahead,
-        it.ahead_pages_per_s,
-        it.downtime_ms,
         it.absent,
         it.fetched,
         it.pages_per_s,

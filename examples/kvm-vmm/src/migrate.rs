@@ -5,6 +5,9 @@
 //! be absent; the guests go over with all that their registers hold. The source serves pages until the destination is done.
 //!
 //! A page is sent after the log that named it was collected, so one that is written while it is sent is named again.
+//!
+//! How fast absent pages are fetched is measured by migrations of which nothing goes ahead: what is left over otherwise is
+//! little, and another number of pages each time.
 
 use crate::machine::Machine;
 use crate::restore::{Outcome, Plan, Served, median, parts, shape, wrong_words};
@@ -40,11 +43,11 @@ pub(crate) struct Moved {
     pub(crate) absent: u64,
     /// Pages that were fetched after it.
     pub(crate) fetched: u64,
-    /// Pages for each second that went ahead while the guests ran. Median.
-    pub(crate) ahead_pages_per_s: f64,
-    /// Milliseconds during which no guest ran. Median.
-    pub(crate) downtime_ms: f64,
-    /// Absent pages for each second until the guests had read everything. Medians.
+    /// Pages for each second that went ahead while the guests ran. Median; `null` if none did.
+    pub(crate) ahead_pages_per_s: Option<f64>,
+    /// Milliseconds during which no guest ran, with pages ahead. Median.
+    pub(crate) downtime_ms: Option<f64>,
+    /// Pages for each second until the guests had read everything, where nothing went ahead. Medians.
     pub(crate) pages_per_s: f64,
     pub(crate) mutex_pages_per_s: f64,
     pub(crate) ratio: f64,
@@ -52,6 +55,20 @@ pub(crate) struct Moved {
     pub(crate) missed: Option<u64>,
     /// Pages that only ours has: a guest was about to write there when it was stopped.
     pub(crate) only_ours: Option<u64>,
+}
+
+impl Moved {
+    fn add(&mut self, one: &One) {
+        self.migrations += 1;
+        self.wrong_words += one.wrong + one.arrived.wrong_words;
+        self.double_fills += one.arrived.double_fills;
+        self.absent += one.absent;
+        self.fetched += one.arrived.fetched;
+        if let Some([missed, only_ours]) = one.logs {
+            *self.missed.get_or_insert(0) += missed;
+            *self.only_ours.get_or_insert(0) += only_ours;
+        }
+    }
 }
 
 /// The other process; ended when it is dropped.
@@ -288,31 +305,27 @@ pub(crate) fn run(plan: &Plan, ahead: usize) -> Outcome<Moved> {
         let mut rates = [0.0; 2];
         for turn in 0..2 {
             let which = (turn + round) % 2;
-            let one = once(plan, ahead, which == 1, &source)?;
+            let one = once(plan, 0, which == 1, &source)?;
             rates[which] = one.absent as f64 * 1e9 / one.arrived.nanoseconds as f64;
-            moved.migrations += 1;
-            moved.wrong_words += one.wrong + one.arrived.wrong_words;
-            moved.double_fills += one.arrived.double_fills;
-            moved.absent += one.absent;
-            moved.fetched += one.arrived.fetched;
-            let pages: u64 = one.ahead.iter().sum();
-            sent.push(pages as f64 / one.sending.as_secs_f64());
-            down.push(one.downtime.as_secs_f64() * 1e3);
-            moved.ahead = one.ahead;
-            if let Some([missed, only_ours]) = one.logs {
-                *moved.missed.get_or_insert(0) += missed;
-                *moved.only_ours.get_or_insert(0) += only_ours;
-            }
+            moved.add(&one);
         }
         tdp.push(rates[0]);
         mutex.push(rates[1]);
         ratios.push(rates[0] / rates[1]);
+        if ahead > 0 {
+            let one = once(plan, ahead, false, &source)?;
+            let pages: u64 = one.ahead.iter().sum();
+            sent.push(pages as f64 / one.sending.as_secs_f64());
+            down.push(one.downtime.as_secs_f64() * 1e3);
+            moved.add(&one);
+            moved.ahead = one.ahead;
+        }
     }
     moved.pages_per_s = median(&mut tdp);
     moved.mutex_pages_per_s = median(&mut mutex);
     moved.ratio = median(&mut ratios);
-    moved.ahead_pages_per_s = median(&mut sent);
-    moved.downtime_ms = median(&mut down);
+    moved.ahead_pages_per_s = (ahead > 0).then(|| median(&mut sent));
+    moved.downtime_ms = (ahead > 0).then(|| median(&mut down));
     Ok(moved)
 }
 

@@ -17,8 +17,12 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 use tdp::{Fault, Gpa, Outcome, Visibility};
+use vmm_sys_util::eventfd::EventFd;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Pages of each thread on the slow source: enough for each of many, and not so much that one takes minutes.
+const PAGES_EACH: u64 = 256;
 
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +73,9 @@ pub struct Scaled {
     pub mutex_pages_per_s: f64,
     /// The median of the rounds' ratios of many to one.
     pub ratio: f64,
+    /// The same of pairs of threads of which one asks, and the other sleeps as long and answers, with nothing else: what
+    /// this machine's sleeps and switches allow.
+    pub bare_ratio: f64,
     /// Words that were not those of the snapshot.
     pub wrong_words: u64,
     /// Pages that were filled twice.
@@ -181,9 +188,44 @@ fn compare(plan: &Plan, what: &str, shape: Shape, source: &Arc<dyn Source>) -> R
     })
 }
 
+/// So many pairs of threads: one asks so many times, the other sleeps and answers. Answers for each second.
+fn bare(pairs: usize, times: u64, delay: Duration) -> Result<f64> {
+    let event = || EventFd::new(0);
+    let events: io::Result<Vec<_>> = (0..pairs).map(|_| Ok((event()?, event()?))).collect();
+    let events = events?;
+    let begin = Barrier::new(pairs + 1);
+    thread::scope(|scope| {
+        let asking: Vec<_> = events
+            .iter()
+            .map(|(asked, answered)| {
+                scope.spawn(move || {
+                    (0..times).try_for_each(|_| {
+                        asked.read()?;
+                        thread::sleep(delay);
+                        answered.write(1)
+                    })
+                });
+                let begin = &begin;
+                scope.spawn(move || {
+                    begin.wait();
+                    (0..times).try_for_each(|_| {
+                        asked.write(1)?;
+                        answered.read().map(drop)
+                    })
+                })
+            })
+            .collect();
+        begin.wait();
+        let start = Instant::now();
+        for thread in asking {
+            thread.join().map_err(|_| "a thread panicked")??;
+        }
+        Ok((pairs as u64 * times) as f64 / start.elapsed().as_secs_f64())
+    })
+}
+
 fn scale(plan: &Plan) -> Result<Scaled> {
-    // Enough for each of the many, and not so much that one takes minutes.
-    let pages = |threads: usize| threads as u64 * 256;
+    let pages = |threads: usize| threads as u64 * PAGES_EACH;
     let source = |threads| -> Result<Arc<dyn Source>> {
         let snapshot = Snapshot::of(snapshot(pages(threads) * 4096)?);
         Ok(Arc::new(Remote::new(snapshot, plan.delay)))
@@ -191,6 +233,7 @@ fn scale(plan: &Plan) -> Result<Scaled> {
     let shape = |threads| Shape::new(Kind::Anonymous, pages(threads) * 4096);
     let (single, multiple) = (source(1)?, source(plan.many)?);
     let (mut one, mut many, mut mutex, mut ratios) = (vec![], vec![], vec![], vec![]);
+    let mut bare_ratios = vec![];
     let (mut wrong, mut double) = (0, 0);
     for round in 0..plan.rounds {
         let first = run(shape(1), &single, Engine::Tdp, 1)?;
@@ -202,6 +245,8 @@ fn scale(plan: &Plan) -> Result<Scaled> {
         one.push(first.pages_per_s);
         many.push(all.pages_per_s);
         ratios.push(all.pages_per_s / first.pages_per_s);
+        let alone = bare(1, PAGES_EACH, plan.delay)?;
+        bare_ratios.push(bare(plan.many, PAGES_EACH, plan.delay)? / alone);
         if round == 0 {
             // One after the other, it takes the time of one thread for the pages of all: once is enough.
             let few = Shape::new(Kind::Anonymous, pages(1) * 4096);
@@ -217,6 +262,7 @@ fn scale(plan: &Plan) -> Result<Scaled> {
         many_pages_per_s: median(many),
         mutex_pages_per_s: median(mutex),
         ratio: median(ratios),
+        bare_ratio: median(bare_ratios),
         wrong_words: wrong,
         double_fills: double,
     })

@@ -149,12 +149,13 @@ fn measure(options: &Measure) -> Outcome<()> {
         );
     }
     println!(
-        "{} us for each page, {} threads and workers: {:.0}, one thread {:.0}: {:.1} times; one mutex {:.0}; {} wrong words, {} double fills",
+        "{} us for each page, {} threads and workers: {:.0}, one thread {:.0}: {:.1} times (bare threads {:.1}); one mutex {:.0}; {} wrong words, {} double fills",
         scaled.delay_us,
         scaled.threads,
         scaled.many_pages_per_s,
         scaled.one_pages_per_s,
         scaled.ratio,
+        scaled.bare_ratio,
         scaled.mutex_pages_per_s,
         scaled.wrong_words,
         scaled.double_fills

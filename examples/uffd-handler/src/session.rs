@@ -17,11 +17,13 @@ use crate::sys::{Message, Raw, Uffd};
 use crate::table::{Gate, KernelTable, Refusal};
 use crate::worker::{Served, Worker};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use tdp::{FaultError, MmuError};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Children of a VMM that are served at a time.
@@ -161,6 +163,10 @@ pub(crate) struct Shared {
     /// Held by whoever reads where changes may be found, and until they are applied.
     reading: Mutex<Vec<Message>>,
     config: Config,
+    /// Held by the worker that waits for messages.
+    waiting: Mutex<()>,
+    /// Ready while there are messages, faults that were put aside, or an end.
+    epoll: Epoll,
     stop: EventFd,
     /// Readable while faults are put aside.
     more: EventFd,
@@ -228,6 +234,14 @@ impl Session {
             // For those whose fault another handler had read.
             let _ = uffd.wake(region.base_host_virt_addr, region.size);
         }
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(system("an event"));
+        let (stop, more) = (event()?, event()?);
+        let epoll = Epoll::new().map_err(system("a poll"))?;
+        for fd in [uffd.as_raw_fd(), stop.as_raw_fd(), more.as_raw_fd()] {
+            epoll
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+                .map_err(system("a poll"))?;
+        }
         let shared = Arc::new(Shared {
             table,
             uffd,
@@ -235,8 +249,10 @@ impl Session {
             record: config.record.then(Mutex::default),
             source,
             reading: Mutex::default(),
-            stop: EventFd::new(EFD_NONBLOCK).map_err(system("an event"))?,
-            more: EventFd::new(EFD_NONBLOCK).map_err(system("an event"))?,
+            waiting: Mutex::default(),
+            epoll,
+            stop,
+            more,
             stopping: AtomicBool::new(false),
             failed: Mutex::default(),
             children: Mutex::default(),
@@ -380,10 +396,6 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    pub(crate) fn events(&self) -> [&EventFd; 2] {
-        [&self.stop, &self.more]
-    }
-
     pub(crate) fn config(&self) -> &Config {
         &self.config
     }
@@ -458,6 +470,25 @@ impl Shared {
             let _ = self.more.read();
         }
         Ok(message)
+    }
+
+    /// Waits for a message, alone, and reads it. None if another worker was quicker, and at the end.
+    pub(crate) fn wait(&self) -> Result<Option<Message>, SessionError> {
+        let _waiting = lock(&self.waiting);
+        if self.is_stopping() {
+            return Ok(None);
+        }
+        self.poll(-1)?;
+        self.read()
+    }
+
+    /// Whether there may be a message, after so many milliseconds at most; -1 for no limit.
+    pub(crate) fn poll(&self, timeout: i32) -> Result<bool, SessionError> {
+        match self.epoll.wait(timeout, &mut [EpollEvent::default()]) {
+            Ok(events) => Ok(events > 0),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(system("a poll")(error)),
+        }
     }
 
     /// Reads all there is: changes are applied, faults put aside.

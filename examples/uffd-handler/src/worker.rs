@@ -9,6 +9,9 @@
 //! | given up | zeroes, unless something is in the file |
 //! | no region | wakes: the thread will see for itself; if it comes again and again, the session ends |
 //! | sent back by a change | reads and applies changes, then tries again |
+//!
+//! Of the workers that have nothing to do one waits for messages, the others for its place, which it leaves once it has
+//! read one: a fault finds a single waiter to wake, however many workers there are.
 
 use crate::baseline::MutexTable;
 use crate::dirty::Writer;
@@ -17,11 +20,9 @@ use crate::session::{SessionError, Shared, Table, lock};
 use crate::sys::Message;
 use crate::table::{Refusal, bytes, frame, knowing, last_refusal};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
 use tdp::{Ept, Fault, Gpa, Host, MemoryFault, Outcome, Vcpu, Visibility};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Faults by how they ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -64,7 +65,6 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     engine: Engine,
     writer: Option<Writer>,
-    epoll: Epoll,
     served: Served,
     /// Whether it is worth to look for the next message before a wait: the last time that this was done one came. Where none
     /// comes, the looks are system calls for nothing.
@@ -82,7 +82,7 @@ const STRAYS: u32 = 1000;
 const TRY_AFTER: u32 = 8;
 /// Looks before a wait. Whoever has its page goes on and often faults again soon, on this processor, which the looks let it
 /// have: to be put to sleep and woken for that costs more than the copy.
-const LOOKS: u32 = 8;
+const LOOKS: u32 = 32;
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> SessionError {
     move |error| SessionError::System { what, error }
@@ -94,25 +94,11 @@ impl Worker {
             Table::Tdp(states) => Engine::Tdp(Box::new(states.vcpu()?)),
             Table::Mutex(table) => Engine::Mutex(table.clone()),
         };
-        let epoll = Epoll::new().map_err(system("a poll"))?;
-        let [stop, more] = shared.events();
-        let one = EventSet::IN | EventSet::EXCLUSIVE;
-        let uffd = shared.uffd.as_raw_fd();
-        for (fd, events) in [
-            (uffd, one),
-            (more.as_raw_fd(), one),
-            (stop.as_raw_fd(), EventSet::IN),
-        ] {
-            epoll
-                .ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))
-                .map_err(system("a poll"))?;
-        }
         let writer = shared.writes.as_ref().map(|log| log.writer()).transpose()?;
         Ok(Self {
             shared: shared.clone(),
             engine,
             writer,
-            epoll,
             served: Served::default(),
             eager: true,
             since: 0,
@@ -133,8 +119,7 @@ impl Worker {
         let message = if self.eager {
             self.look()?
         } else {
-            self.wait(-1)?;
-            self.shared.read()?
+            self.shared.wait()?
         };
         self.since += 1;
         if message.is_none() || self.since == TRY_AFTER {
@@ -160,7 +145,7 @@ impl Worker {
     fn look(&self) -> Result<Option<Message>, SessionError> {
         for _ in 0..LOOKS {
             // Reading what may be a change keeps the others from copying: not without reason.
-            if !self.shared.has_gate() || self.wait(0)? {
+            if !self.shared.has_gate() || self.shared.poll(0)? {
                 let message = self.shared.read()?;
                 if message.is_some() || self.shared.is_stopping() {
                     return Ok(message);
@@ -169,15 +154,6 @@ impl Worker {
             thread::yield_now();
         }
         Ok(None)
-    }
-
-    /// Waits for a message for so many milliseconds, or for ever (-1). Whether there may be one.
-    fn wait(&self, timeout: i32) -> Result<bool, SessionError> {
-        match self.epoll.wait(timeout, &mut [EpollEvent::default()]) {
-            Ok(events) => Ok(events > 0),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            Err(error) => Err(system("a poll")(error)),
-        }
     }
 
     /// A thread waits for a page, which is in the file of guest memory or is not.
