@@ -415,11 +415,13 @@ impl Guests {
     fn judge(&self, call: Action, of_host: bool, answer: Answer) -> bool {
         let noted = self.module.violation_count() - self.violations;
         let wrong = !answer.is_success() && !answer.status.is_transient();
+        // That is the guest's doing as well, which has accepted some pages and not others.
+        let excused = answer.status == Status::EptInvalidPromoteConditions;
         match of_host {
             false => assert_eq!(noted, 0, "{call:?}: {answer}"),
             true if answer.status == Status::TlbTrackingNotDone || answer.is_success() || wrong => {
                 assert!(
-                    noted <= 1 && (!wrong || noted == 1),
+                    noted <= 1 && (!wrong || excused || noted == 1),
                     "{call:?}: {answer}, {noted} noted"
                 );
                 assert!(noted == 0 || !answer.is_success(), "{call:?}: {answer}");

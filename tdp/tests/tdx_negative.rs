@@ -308,6 +308,8 @@ fn row_17_merge_with_one_child_pending() {
     rig.block_and_track(FREE_LARGE, LARGE);
     let merge = |td: &Td| td.mem_page_promote(at(FREE_LARGE, LARGE));
     rig.refused(merge, Status::EptInvalidPromoteConditions, RCX);
+    // Which pages the guest has accepted its host cannot know.
+    assert_eq!(rig.module.violation_count(), 0);
     // The refusal has locked none of the entries for good.
     done(rig.td.mem_range_unblock(at(FREE_LARGE, LARGE)));
     done(accepted(
@@ -317,6 +319,15 @@ fn row_17_merge_with_one_child_pending() {
     let answer = merge(&rig.td);
     assert!(answer.is_success(), "{answer}");
     assert_eq!(answer.rcx, Some(page(9).0));
+
+    // But that a page is not there it does.
+    rig.block_and_track(FREE_LARGE, LARGE);
+    done(rig.td.mem_page_demote(at(FREE_LARGE, LARGE), page(9)));
+    rig.block_and_track(FREE_LARGE, PAGE);
+    done(rig.td.mem_page_remove(at(FREE_LARGE, PAGE)));
+    rig.block_and_track(FREE_LARGE, LARGE);
+    rig.refused(merge, Status::EptInvalidPromoteConditions, RCX);
+    assert_eq!(rig.module.violation_count(), 1);
 }
 
 #[test]

@@ -176,6 +176,8 @@ pub(crate) struct Refusal {
     pub(crate) report: Option<Report>,
     /// A transient status that no retry cures, because the caller left a step out.
     pub(crate) out_of_order: bool,
+    /// Because of what the guest did or did not do, which its host cannot know.
+    pub(crate) of_guest: bool,
 }
 
 impl Refusal {
@@ -185,6 +187,7 @@ impl Refusal {
             operand,
             report: None,
             out_of_order: false,
+            of_guest: false,
         }
     }
 
@@ -199,6 +202,11 @@ impl Refusal {
 
     pub(crate) const fn out_of_order(mut self, is: bool) -> Self {
         self.out_of_order = is;
+        self
+    }
+
+    pub(crate) const fn of_guest(mut self, is: bool) -> Self {
+        self.of_guest = is;
         self
     }
 }

@@ -72,7 +72,8 @@ impl Td {
                 .table(table)
                 .ok_or(at.refusal(Status::EptInvalidPromoteConditions))?;
             let below = at.level.below_or_leaf();
-            let (locks, merged) = lock_all(content, below).map_err(|status| at.refusal(status))?;
+            let (locks, merged) = lock_all(content, below)
+                .map_err(|Apart { status, of_guest }| at.refusal(status).of_guest(of_guest))?;
             if td.is_interrupted() {
                 return Err(INTERRUPTED);
             }
@@ -106,25 +107,48 @@ fn parts_of(td: &TdInner, first: Hpa, level: Level) -> Result<Vec<&PamtEntry>, R
         .collect()
 }
 
+/// Why the entries of a table make up no large page.
+struct Apart {
+    status: Status,
+    /// Because the guest has accepted some of its pages and others not.
+    of_guest: bool,
+}
+
+impl From<Status> for Apart {
+    fn from(status: Status) -> Self {
+        Self {
+            status,
+            of_guest: false,
+        }
+    }
+}
+
 /// Locks every entry of a table of `level` and returns the large page that they make up.
-fn lock_all(table: &Table, level: Level) -> Result<(Vec<EntryLock<'_>>, Entry), Status> {
+fn lock_all(table: &Table, level: Level) -> Result<(Vec<EntryLock<'_>>, Entry), Apart> {
     let mut locks = Vec::with_capacity(ENTRIES_PER_TABLE);
     let mut first = None;
+    let mut are_alike = true;
     for (index, word) in table.words().enumerate() {
         let lock = EntryLock::host(word).ok_or(Status::OperandBusy)?;
         let entry = lock.entry();
         locks.push(lock);
         let head = *first.get_or_insert(entry);
-        let state = head.state();
+        let state = entry.state();
         let large = level.bytes() * ENTRIES_PER_TABLE as u64;
         if !matches!(state, EntryState::Mapped | EntryState::Pending)
             || !head.page().0.is_multiple_of(large)
             || entry != Entry::leaf(part(head.page(), level, index), state)
         {
-            return Err(Status::EptInvalidPromoteConditions);
+            return Err(Status::EptInvalidPromoteConditions.into());
         }
+        are_alike &= state == head.state();
     }
-    first
-        .map(|head| (locks, head))
-        .ok_or(Status::EptInvalidPromoteConditions)
+    if !are_alike {
+        return Err(Apart {
+            status: Status::EptInvalidPromoteConditions,
+            of_guest: true,
+        });
+    }
+    let head = first.ok_or(Status::EptInvalidPromoteConditions)?;
+    Ok((locks, head))
 }
