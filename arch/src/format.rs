@@ -306,10 +306,12 @@ pub trait Format: Copy + Default + fmt::Debug + Send + Sync + 'static {
         Pfn((spte.0 & Self::PFN_MASK) >> 12)
     }
 
-    /// The leaf `spte`, which is at frame 0, at frame `pfn` instead, which must be aligned to its level.
+    /// The leaf `spte`, which is at frame 0, at frame `pfn` instead, which must be one that an entry can name, and aligned to
+    /// its level.
     #[inline(always)]
     fn with_pfn(spte: Spte, pfn: Pfn) -> Spte {
-        Spte(spte.0 | (pfn.0 << 12 & Self::PFN_MASK))
+        debug_assert!(pfn.0 <= Self::PFN_MASK >> 12, "{pfn:?} is no host frame");
+        Spte(spte.0 | pfn.0 << 12)
     }
 
     /// First host frame of a leaf of `level`.

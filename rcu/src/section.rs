@@ -48,7 +48,7 @@ use crate::sync::spin_loop;
 use crate::sync::{Arc, AtomicU64, Backoff, Mutex, Ordering, Plain};
 
 /// Words that a reader has for its user.
-pub const NOTES: usize = 3;
+pub const NOTES: usize = 4;
 
 /// How many records a scan remembers on the stack before it waits for them.
 const SCAN: usize = if cfg!(loom) { 2 } else { 128 };
@@ -100,6 +100,17 @@ impl Record {
     #[inline]
     fn has_left(&self, word: u64) -> bool {
         self.word.load(Ordering::Acquire) != word
+    }
+
+    /// Leaves a section that was forgotten, and had this word. Returns the word after it. Apart from what enters, where the next
+    /// word then is the last one and two: the sum that one section hands to the next is as short as can be.
+    #[cold]
+    #[inline(never)]
+    fn leave_forgotten(&self, inside: u64) -> u64 {
+        let outside = inside.wrapping_add(1);
+        // Release as in `Section::drop`.
+        self.word.store(outside, Ordering::Release);
+        outside
     }
 
     /// Waits until the section that had this word has left.
@@ -283,13 +294,17 @@ impl Reader {
     /// the domain waits until a later one of this reader ends or the reader is dropped.
     #[inline]
     pub fn enter(&mut self) -> Section<'_> {
-        self.record.note_owner();
-        let word = &self.record.word;
+        let record: &Record = &self.record;
+        record.note_owner();
         // Relaxed: only the owner writes the word, and `&mut self` is the owner.
-        let inside = word.load(Ordering::Relaxed) | 1;
-        self.record.debt.announce(word, inside);
+        let mut outside = record.word.load(Ordering::Relaxed);
+        if outside & 1 == 1 {
+            outside = record.leave_forgotten(outside);
+        }
+        let inside = outside.wrapping_add(1);
+        record.debt.announce(&record.word, inside);
         Section {
-            record: &self.record,
+            record,
             inside,
             _not_send: PhantomData,
         }
@@ -302,9 +317,7 @@ impl Drop for Reader {
         // waits for it goes on. Release as in `Section::drop`.
         let word = self.record.word.load(Ordering::Relaxed);
         if word & 1 == 1 {
-            self.record
-                .word
-                .store(word.wrapping_add(1), Ordering::Release);
+            self.record.leave_forgotten(word);
         }
         self.home.registry().unregister(&self.record);
     }
@@ -362,6 +375,12 @@ impl Section<'_> {
     pub fn stamp(&self) -> Stamp {
         // Acquire, partner of the count in `Registry::snapshot`: what is found from here on was not unlinked before it.
         Stamp(self.record.stamp.load(Ordering::Acquire))
+    }
+
+    /// The words of the reader's user, see [`Reader::notes`].
+    #[inline(always)]
+    pub fn notes(&self) -> &[Plain; NOTES] {
+        &self.record.notes
     }
 
     /// Leaves and enters again in one go, between two items of a batch. Nothing read before may be used after.

@@ -28,8 +28,8 @@ use core::ptr::NonNull;
 use tdp_arch::{Format, Gfn, LeafAttrs, Level, Pfn, Spte};
 use tdp_rcu::{Section, Stamp};
 
-/// Tables of level 1 that are remembered: 256 MiB of guest memory. A model checker gets as many as it can tell apart.
-const SMALL: usize = if cfg!(loom) { 2 } else { 128 };
+/// Tables of level 1 that are remembered: 1 GiB of guest memory. A model checker gets as many as it can tell apart.
+const SMALL: usize = if cfg!(loom) { 2 } else { 512 };
 /// Tables of level 2 that are remembered: 32 GiB.
 const LARGE: usize = if cfg!(loom) { 2 } else { 32 };
 
@@ -41,20 +41,22 @@ pub(crate) struct Memo<B> {
     slot: *const Slot<B>,
     /// How a leaf of level 1 is made of a frame, but for the frame itself: the answer to the wish that came last.
     leaf: Spte,
+    /// First host frame that cannot be in it.
+    pfn_limit: Pfn,
     wish: Wish,
-    /// Bits that the number of a host frame may have in it.
-    pfn_bits: u8,
     /// Whether the guest has a private half. Here, because it is the first thing that a fault asks.
     confidential: bool,
 }
 
-const _: () = assert!(size_of::<Memo<()>>() <= 32);
+const _: () = assert!(size_of::<Memo<()>>() <= 40);
 
 /// The tables that are part of the memo, apart from it because of their size. The more of a guest one leads to, the fewer are
 /// needed, and the longer the way from there.
 pub(crate) struct Tables {
     /// Of level 1, of both halves.
     small: [Cell<Table>; SMALL],
+    /// Which of these are in use, a bit each: to empty all takes longer than the fault that has to.
+    used: [Cell<u64>; SMALL.div_ceil(64)],
     /// Of level 2.
     large: [Table; LARGE],
 }
@@ -150,7 +152,7 @@ impl<B> Memo<B> {
             slot: core::ptr::null(),
             leaf: Spte(0),
             wish: Wish::NONE,
-            pfn_bits: 0,
+            pfn_limit: Pfn(0),
             confidential,
         }
     }
@@ -166,7 +168,7 @@ impl<B> Memo<B> {
     pub(crate) fn current<'s>(&self, section: &'s Section<'_>) -> Option<Current<'_, 's, B>> {
         (self.stamp == section.stamp()).then_some(Current {
             memo: self,
-            _section: section,
+            section,
         })
     }
 
@@ -174,7 +176,7 @@ impl<B> Memo<B> {
     #[cold]
     pub(crate) fn renew(&mut self, tables: &mut Tables, stamp: Stamp) {
         *self = Self::new(self.confidential);
-        *tables = Tables::new();
+        tables.clear();
         self.stamp = stamp;
     }
 
@@ -192,8 +194,7 @@ impl<B> Memo<B> {
     /// Remembers how the leaf was made that answers a wish.
     #[inline(always)]
     pub(crate) fn note_leaf<F: Format>(&mut self, wish: Wish, attrs: LeafAttrs, pfn_limit: Pfn) {
-        // Of a limit that is no power of two, the part up to one.
-        self.pfn_bits = pfn_limit.0.ilog2() as u8;
+        self.pfn_limit = pfn_limit;
         self.leaf = F::leaf(Pfn(0), Level::L1, attrs);
         self.wish = wish;
     }
@@ -202,19 +203,36 @@ impl<B> Memo<B> {
 /// What is remembered, in a section that may go by it.
 pub(crate) struct Current<'m, 's, B> {
     memo: &'m Memo<B>,
-    _section: &'s Section<'s>,
+    section: &'s Section<'s>,
 }
 
 impl<'s, B> Current<'_, 's, B> {
+    /// The section.
+    #[inline(always)]
+    pub(crate) fn section(&self) -> &'s Section<'s> {
+        self.section
+    }
+
     /// The slot that was used last, if it holds `gfn`.
     #[inline(always)]
-    #[allow(unsafe_code)]
     pub(crate) fn slot(&self, gfn: Gfn) -> Option<&'s Slot<B>> {
+        self.last_slot().filter(|slot| slot.contains(gfn))
+    }
+
+    /// The same, if faults on it need no thought.
+    #[inline(always)]
+    pub(crate) fn plain_slot(&self, gfn: Gfn) -> Option<&'s Slot<B>> {
+        self.last_slot().filter(|slot| slot.contains_plain(gfn))
+    }
+
+    /// The slot that was used last.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn last_slot(&self) -> Option<&'s Slot<B>> {
         // UNSAFETY: a pointer kept from an earlier critical section.
         // SAFETY: null, or found in a published snapshot in an earlier section, whose stamp is this one's: a snapshot that
         // owned it is not freed before this section ends (INV: flush-before-reuse, its grace-period half).
-        let slot = unsafe { self.memo.slot.as_ref() }?;
-        slot.contains(gfn).then_some(slot)
+        unsafe { self.memo.slot.as_ref() }
     }
 
     /// The table of level 1 of `gfn`, with its frame where events are told, if it is remembered. It may have been unlinked
@@ -239,8 +257,10 @@ impl<'s, B> Current<'_, 's, B> {
     #[inline(always)]
     pub(crate) fn large(&self, tables: &Tables, gfn: Gfn) -> Option<&'s TablePage> {
         let region = Tables::large_region(gfn);
-        let table = &tables.large[region as usize % LARGE];
-        (table.region == region).then(|| self.page(table.page))
+        let Table {
+            region: of, page, ..
+        } = tables.large[region as usize % LARGE];
+        (of == region).then(|| self.page(page))
     }
 
     /// A table that is remembered.
@@ -253,17 +273,11 @@ impl<'s, B> Current<'_, 's, B> {
         unsafe { page.as_ref() }
     }
 
-    /// Whether it is remembered how a leaf is made.
-    #[inline(always)]
-    pub(crate) fn has_recipe(&self) -> bool {
-        self.memo.wish != Wish::NONE
-    }
-
     /// The leaf of level 1 at `pfn` that answers a wish, if one like it was made last.
     #[inline(always)]
     pub(crate) fn leaf<F: Format>(&self, wish: Wish, pfn: Pfn) -> Option<Spte> {
         let memo = self.memo;
-        let known = memo.wish == wish && pfn.0 >> memo.pfn_bits == 0;
+        let known = memo.wish == wish && pfn < memo.pfn_limit;
         known.then(|| F::with_pfn(memo.leaf, pfn))
     }
 }
@@ -272,8 +286,38 @@ impl Tables {
     pub(crate) const fn new() -> Self {
         Self {
             small: [const { Cell::new(Table::NONE) }; SMALL],
+            used: [const { Cell::new(0) }; SMALL.div_ceil(64)],
             large: [Table::NONE; LARGE],
         }
+    }
+
+    /// Forgets all tables.
+    fn clear(&mut self) {
+        for (used, small) in self.used.iter().zip(self.small.chunks(64)) {
+            let mut used = used.take();
+            while used != 0 {
+                if let Some(table) = small.get(used.trailing_zeros() as usize) {
+                    table.set(Table::NONE);
+                }
+                used &= used - 1;
+            }
+        }
+        self.large = [Table::NONE; LARGE];
+    }
+
+    /// Puts a table of level 1 where its region has its place.
+    #[inline(always)]
+    fn put(&self, table: Table) {
+        let place = table.region as usize % SMALL;
+        if self.small[place].replace(table).region == Table::NONE.region {
+            self.use_place(place);
+        }
+    }
+
+    #[cold]
+    fn use_place(&self, place: usize) {
+        let used = &self.used[place / 64];
+        used.set(used.get() | 1 << (place % 64));
     }
 
     #[inline(always)]
@@ -296,14 +340,14 @@ impl Tables {
     #[inline(always)]
     pub(crate) fn note_private(&self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
         let region = Self::private_region(gfn);
-        self.small[region as usize % SMALL].set(Table::new(region, pfn, page));
+        self.put(Table::new(region, pfn, page));
     }
 
     /// Remembers the table of level 1 of `gfn`.
     #[inline(always)]
     pub(crate) fn note_small(&self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
         let region = Self::small_region(gfn);
-        self.small[region as usize % SMALL].set(Table::new(region, pfn, page));
+        self.put(Table::new(region, pfn, page));
     }
 
     /// Remembers the table of level 2 above `gfn`.
@@ -311,5 +355,36 @@ impl Tables {
     pub(crate) fn note_large(&mut self, gfn: Gfn, (pfn, page): (Pfn, &TablePage)) {
         let region = Self::large_region(gfn);
         self.large[region as usize % LARGE] = Table::new(region, pfn, page);
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_emptied_memo_has_no_table() {
+        let mut tables = Tables::new();
+        for round in 1..4 {
+            for n in 0..SMALL as u64 {
+                let gfn = Gfn((n * round) << Level::L2.gfn_shift());
+                let region = match n % 2 {
+                    0 => Tables::small_region(gfn),
+                    _ => Tables::private_region(gfn),
+                };
+                let table = Table {
+                    region,
+                    ..Table::NONE
+                };
+                tables.put(table);
+                tables.large[n as usize % LARGE] = table;
+            }
+            tables.clear();
+            let small = tables.small.iter().map(Cell::get);
+            let left = small
+                .chain(tables.large)
+                .filter(|table| table.region != u64::MAX);
+            assert_eq!(left.count(), 0, "round {round}");
+        }
     }
 }

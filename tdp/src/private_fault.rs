@@ -327,7 +327,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
         let entry = table
             .get(Level::L1.index(gfn))
             .filter(|entry| entry.load() == F::EMPTY)?;
-        let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
+        let slot = memo.plain_slot(gfn)?;
         let ctx = &self.ctx;
         let Lookup::Mapped(mapping) = ctx.host.lookup_private(slot, gfn) else {
             return None;

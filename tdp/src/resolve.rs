@@ -24,7 +24,7 @@ use crate::memo::{Current, Wish};
 use crate::nx;
 use crate::root::Root;
 use crate::slots::{Slot, SlotFlags};
-use crate::stats::{Stat, Tally};
+use crate::stats::{Stat, Straight, Tally};
 use crate::table;
 use crate::vcpu::{Context, VcpuCore};
 use alloc::sync::Arc;
@@ -59,13 +59,9 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
     ) -> Option<Outcome> {
         let gfn = fault.gpa.gfn();
         let memo = self.memo.current(section)?;
-        // Without a recipe, as of a guest of large pages, nothing would come of the look-up.
-        if !memo.has_recipe() {
-            return None;
-        }
         let entry = self.small_entry(&memo, gfn)?;
         // The recipe may be another slot's.
-        let slot = memo.slot(gfn).filter(|slot| slot.is_plain())?;
+        let slot = memo.plain_slot(gfn)?;
         let Lookup::Mapped(mapping) = self.ctx.host.lookup(slot, gfn, fault.access) else {
             return None;
         };
@@ -123,8 +119,7 @@ impl<F: Format, H: Host> VcpuCore<F, H> {
             return None;
         }
         event::spte_requested(self.ctx.as_id, gfn, Level::L1, mapping.pfn);
-        entry::install_leaf::<F>(entry, Level::L1, leaf, &self.ctx).ok()?;
-        self.ctx.add(Stat::Fixed, 1);
+        entry::install_leaf::<F>(entry, Level::L1, leaf, &Straight(memo.section())).ok()?;
         event::set_spte(entry.site(), Level::L1, leaf);
         Some(Outcome::Fixed { level: Level::L1 })
     }

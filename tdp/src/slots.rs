@@ -46,16 +46,18 @@ pub struct SlotId(pub u32);
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub struct Slot<B> {
-    gfns: GfnRange,
-    /// Frames in `gfns`.
+    start: Gfn,
+    /// Frames from there to `end`.
     pages: u64,
-    /// Whether faults on it need no thought: no flags, not changing.
-    plain: bool,
+    /// The same if faults on them need no thought: no flags, not changing. Else none, so that a fault that asks whether one of
+    /// these frames is meant asks both at once.
+    plain_pages: u64,
     /// Being removed, moved or changed: faults are to be retried.
     pub(crate) changing: bool,
     max_level: Level,
     flags: SlotFlags,
     backing: B,
+    end: Gfn,
     /// Marks of written frames, while it is logged.
     bitmap: Option<Arc<DirtyBitmap>>,
     id: SlotId,
@@ -68,9 +70,10 @@ impl<B> Slot<B> {
     pub fn new(gfns: impl Into<GfnRange>, backing: B) -> Self {
         let gfns = gfns.into();
         Self {
-            gfns,
+            start: gfns.start,
+            end: gfns.end,
             pages: gfns.pages(),
-            plain: true,
+            plain_pages: gfns.pages(),
             flags: SlotFlags::empty(),
             changing: false,
             max_level: Level::L3,
@@ -101,8 +104,7 @@ impl<B> Slot<B> {
     #[must_use]
     pub fn with_flags(mut self, flags: SlotFlags) -> Self {
         self.flags = flags;
-        self.plain = flags.is_empty() && !self.changing;
-        self
+        self.settled()
     }
 
     /// Forbids leaves above `level`.
@@ -125,7 +127,10 @@ impl<B> Slot<B> {
     /// Its guest frames.
     #[inline(always)]
     pub fn gfns(&self) -> GfnRange {
-        self.gfns
+        GfnRange {
+            start: self.start,
+            end: self.end,
+        }
     }
 
     /// Its flags.
@@ -143,7 +148,13 @@ impl<B> Slot<B> {
     /// Whether faults on it need no thought: no flags, not changing.
     #[inline(always)]
     pub(crate) fn is_plain(&self) -> bool {
-        self.plain
+        self.plain_pages != 0
+    }
+
+    /// Whether `gfn` lies in the slot and faults on it need no thought.
+    #[inline(always)]
+    pub(crate) fn contains_plain(&self, gfn: Gfn) -> bool {
+        self.offset(gfn) < self.plain_pages
     }
 
     /// Marks of written frames, while it is logged.
@@ -161,7 +172,7 @@ impl<B> Slot<B> {
     /// Frames from the slot's start to `gfn`, which must lie in it; for any other frame a number past its end.
     #[inline(always)]
     pub fn offset(&self, gfn: Gfn) -> u64 {
-        gfn.0.wrapping_sub(self.gfns.start.0)
+        gfn.0.wrapping_sub(self.start.0)
     }
 
     /// Largest level, at most `limit`, whose block around `gfn` lies in the slot and is not forbidden.
@@ -171,7 +182,7 @@ impl<B> Slot<B> {
         if self.flags.contains(SlotFlags::LOG_DIRTY) {
             return Level::L1;
         }
-        while level > Level::L1 && !self.gfns.covers(level.range(gfn)) {
+        while level > Level::L1 && !self.gfns().covers(level.range(gfn)) {
             level = level.below_or_leaf();
         }
         level
@@ -272,10 +283,10 @@ impl<B: Clone> Snapshot<B> {
     /// The slot that holds `gfn`.
     pub(crate) fn find(&self, as_id: AddressSpaceId, gfn: Gfn) -> Option<&Arc<Slot<B>>> {
         let space = self.space(as_id);
-        let after = space.partition_point(|slot| slot.gfns.start <= gfn);
+        let after = space.partition_point(|slot| slot.start <= gfn);
         space
             .get(after.checked_sub(1)?)
-            .filter(|slot| slot.gfns.contains(gfn))
+            .filter(|slot| slot.contains(gfn))
     }
 
     pub(crate) fn by_id(
@@ -290,7 +301,7 @@ impl<B: Clone> Snapshot<B> {
     }
 
     fn check(&self, slot: &Slot<B>, except: Option<SlotId>, limit: Gfn) -> Result<(), SlotError> {
-        let gfns = slot.gfns;
+        let gfns = slot.gfns();
         if gfns.is_empty() {
             return Err(SlotError::Empty { gfns });
         }
@@ -298,16 +309,16 @@ impl<B: Clone> Snapshot<B> {
             return Err(SlotError::BeyondWidth { gfns, limit });
         }
         let space = self.space(slot.as_id);
-        let after = space.partition_point(|other| other.gfns.end <= gfns.start);
+        let after = space.partition_point(|other| other.end <= gfns.start);
         let in_the_way = space[after..]
             .iter()
-            .take_while(|other| other.gfns.start < gfns.end)
+            .take_while(|other| other.start < gfns.end)
             .find(|other| Some(other.id) != except);
         match in_the_way {
             Some(other) => Err(SlotError::Overlap {
                 gfns,
                 other: other.id,
-                other_gfns: other.gfns,
+                other_gfns: other.gfns(),
             }),
             None => Ok(()),
         }
@@ -379,7 +390,7 @@ impl<B: Clone> Snapshot<B> {
             slot.bitmap = Some(Arc::new(DirtyBitmap::new(slot.pages, marked)));
         }
         let space = &mut self.spaces[usize::from(slot.as_id.0)];
-        let at = space.partition_point(|other| other.gfns.start < slot.gfns.start);
+        let at = space.partition_point(|other| other.start < slot.start);
         space.insert(at, Arc::new(slot));
     }
 }
@@ -387,15 +398,21 @@ impl<B: Clone> Snapshot<B> {
 impl<B> Slot<B> {
     /// The same slot at another place. Frames past the end of the number space make it empty, which is refused.
     pub(crate) fn moved_to(mut self, start: Gfn) -> Self {
-        let end = start.checked_add(self.gfns.pages()).unwrap_or(start);
-        self.gfns = GfnRange { start, end };
-        self.pages = self.gfns.pages();
-        self
+        self.end = start.checked_add(self.pages).unwrap_or(start);
+        self.start = start;
+        self.pages = self.gfns().pages();
+        self.settled()
     }
 
     pub(crate) fn changing(mut self, changing: bool) -> Self {
         self.changing = changing;
-        self.plain = self.flags.is_empty() && !changing;
+        self.settled()
+    }
+
+    /// The same slot with what follows from the rest of it.
+    fn settled(mut self) -> Self {
+        let plain = self.flags.is_empty() && !self.changing;
+        self.plain_pages = if plain { self.pages } else { 0 };
         self
     }
 }

@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 use core::cell::Cell;
 use tdp_arch::Level;
 use tdp_rcu::sync::{CachePadded, Mutex, Plain};
-use tdp_rcu::{NOTES, Notes};
+use tdp_rcu::{NOTES, Notes, Section};
 
 macro_rules! stats {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
@@ -27,6 +27,8 @@ macro_rules! stats {
 
 stats! {
     Pages4K, Pages2M, Pages1G, Tables,
+    /// Pages of 4 KiB that are mapped by faults that were so fixed: counted here, and neither there nor there.
+    Straight,
     Fixed, Spurious, Mmio, MemoryFault,
     RetryRaced, RetryFrozen, RetryInvalidation, RetrySlotChanging, RetryRootObsolete, RetryBacking,
     Splits, Collapses, Upgrades, Unlinked, Flushes, RootsMade, RootsInvalidated,
@@ -87,7 +89,12 @@ impl Stat {
 }
 
 /// What is counted in the words that a reader of the epoch domain has for its user, in their order.
-const NOTED: [Stat; NOTES] = [Stat::Pages4K, Stat::Fixed, Stat::CallInstall];
+const NOTED: [Stat; NOTES] = [
+    Stat::Straight,
+    Stat::Pages4K,
+    Stat::Fixed,
+    Stat::CallInstall,
+];
 
 impl Stat {
     /// Where it is among those.
@@ -108,6 +115,21 @@ impl Stat {
 pub(crate) trait Tally {
     /// Adds `n`.
     fn add(&self, stat: Stat, n: i64);
+}
+
+/// Counts a fault that its vCPU resolves by what it remembers, as what it installs and as fixed, in one word.
+pub(crate) struct Straight<'a>(pub(crate) &'a Section<'a>);
+
+impl Tally for Straight<'_> {
+    #[inline(always)]
+    fn add(&self, stat: Stat, n: i64) {
+        debug_assert_eq!(stat, Stat::Pages4K, "another leaf than those remembered");
+        const AT: usize = match Stat::Straight.note() {
+            Some(at) => at,
+            None => panic!("it is noted"),
+        };
+        self.0.notes()[AT].add_owned(n as u64);
+    }
 }
 
 /// Words to count in.
@@ -227,10 +249,12 @@ impl Shards {
     pub(crate) fn snapshot(&self) -> Stats {
         let vcpus = self.vcpus.lock();
         let get = |stat| u64::try_from(self.sum(&vcpus, stat)).unwrap_or(0);
+        let pages = [Stat::Pages4K, Stat::Straight].map(|stat| self.sum(&vcpus, stat));
+        let pages = u64::try_from(pages.iter().sum::<i64>()).unwrap_or(0);
         Stats {
-            pages: [get(Stat::Pages4K), get(Stat::Pages2M), get(Stat::Pages1G)],
+            pages: [pages, get(Stat::Pages2M), get(Stat::Pages1G)],
             tables: get(Stat::Tables),
-            fixed: get(Stat::Fixed),
+            fixed: get(Stat::Fixed) + get(Stat::Straight),
             spurious: get(Stat::Spurious),
             mmio: get(Stat::Mmio),
             memory_faults: get(Stat::MemoryFault),

@@ -58,10 +58,10 @@ pub(crate) struct VcpuCore<F: Format, H: Host> {
 /// What a fault reads and does not change: where it works, and for whom.
 #[repr(C)]
 pub(crate) struct Context<F: Format, H: Host> {
-    /// What it counts in, and where the common faults do.
-    pub(crate) notes: Notes,
     /// The same as `shared`'s, one step nearer.
     pub(crate) host: SharedHost<H>,
+    /// What it counts in, and where the common faults do.
+    pub(crate) notes: Notes,
     shard: Arc<Shard>,
     pub(crate) root: Arc<Root<H>>,
     /// The root of the private half, if there is one.
@@ -99,8 +99,8 @@ impl<F: Format, H: Host> Vcpu<F, H> {
         let core = VcpuCore {
             memo: Memo::new(private_root.is_some()),
             ctx: Context {
-                notes,
                 host: shared.host.clone(),
+                notes,
                 shard,
                 root,
                 private_root,

@@ -72,15 +72,27 @@ fn two_faults_below_a_missing_table() {
 /// One of two installs on one frame is refused: it is undone, and the other goes through.
 #[test]
 fn a_refused_hand_off_against_another() {
-    explore("hand-off x failure", None, || {
+    refused("hand-off x failure", None, true);
+}
+
+/// The same where a table has to be linked first.
+#[test]
+fn a_refused_hand_off_below_a_missing_table_against_another() {
+    refused("hand-off below a missing table x failure", Some(2), false);
+}
+
+fn refused(name: &str, bound: Option<usize>, linked: bool) {
+    explore(name, bound, move || {
         let manner = Manner {
-            refuse_installs: 2,
+            refuse_installs: if linked { 2 } else { 1 },
             ..Manner::default()
         };
         let world = World::confidential(manner, false);
         let [mut ours, mut theirs, mut first] = [world.vcpu(), world.vcpu(), world.vcpu()];
         let refused = Outcome::MemoryFault(MemoryFault::Refused);
-        assert_eq!(touch(&mut first, B), refused);
+        if linked {
+            assert_eq!(touch(&mut first, B), refused);
+        }
 
         let other = thread::spawn(move || {
             let outcome = touch(&mut theirs, A);
