@@ -4,8 +4,8 @@
 //! as `SCM_RIGHTS`. Nothing more follows; the connection stays open for as long as the VM lives. What differs here from
 //! Firecracker is optional:
 //!
-//! * a second descriptor is the file that all of guest memory is mapped from: pages are then written into it and mapped by
-//!   `UFFDIO_CONTINUE`;
+//! * a second descriptor is the file that all of guest memory is mapped from: pages that the kernel reports as missing are
+//!   then written into it, and those that are in it are mapped, by `UFFDIO_CONTINUE`;
 //! * `removed`: ranges of a region that were given up before this handler was started, because another handler died;
 //! * `track_writes`: the region is registered for write-protect faults as well.
 //!

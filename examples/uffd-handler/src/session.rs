@@ -536,7 +536,6 @@ impl Shared {
                 writes.note(&message)?;
             }
             if let Some((uffd, regions)) = changes::apply(states, message)? {
-                tdp::Host::protected(states.host()).share();
                 self.adopt(uffd, regions)?;
             }
             self.changes.fetch_add(1, Ordering::Relaxed);

@@ -18,7 +18,7 @@ use crate::dirty::Writer;
 use crate::host::{PageStates, SPACE, UffdHost};
 use crate::session::{SessionError, Shared, Table, lock};
 use crate::sys::Message;
-use crate::table::{Refusal, bytes, frame, knowing, last_refusal};
+use crate::table::{Known, Refusal, bytes, frame, knowing, last_refusal};
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -171,12 +171,17 @@ impl Worker {
             (Engine::Tdp(_), Table::Tdp(states)) => states,
             (Engine::Tdp(_), Table::Mutex(_)) => return Ok(()),
         };
+        let known = if cached {
+            Known::Cached
+        } else {
+            Known::Missing
+        };
         while !shared.is_stopping() {
             let Engine::Tdp(vcpu) = &mut self.engine else {
                 break;
             };
             let fault = Fault::read(Gpa(address)).private();
-            match knowing(cached, || vcpu.fault(fault))? {
+            match knowing(known, || vcpu.fault(fault))? {
                 Outcome::Fixed { .. } => {
                     self.served.filled += 1;
                     self.record(states, address);

@@ -84,6 +84,67 @@ fn a_page_that_is_in_the_file_is_mapped_and_not_filled_again() {
     }
 }
 
+/// Waits until a session has nothing left to fill.
+fn all_filled(session: &Session) {
+    let begun = Instant::now();
+    while session.progress().0 < session.progress().1 {
+        assert!(begun.elapsed() < PATIENCE, "{:?}", session.progress());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn what_nobody_asks_for_is_not_put_over_what_is_in_the_file() {
+    if skipped("what_nobody_asks_for_is_not_put_over_what_is_in_the_file") {
+        return;
+    }
+    let (written, put) = (0..16u64, 16..32u64);
+    for more in [0, features::REMOVE] {
+        for background in [true, false] {
+            let shape = by_file(more);
+            let source = source(shape.len);
+            let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+            // Some pages are put there by the VMM itself, some come by a handler and are written to by the guest.
+            let file = vmm.memory().file().expect("a file").try_clone();
+            let file = File::from(file.expect("a descriptor"));
+            for page in put.clone() {
+                file.write_all_at(&page.to_ne_bytes(), page * 4096)
+                    .expect("a word");
+            }
+            let session = serve(&vmm, &source, Config::default());
+            let pages = written.clone();
+            let wrote = guest(&vmm, move |vmm| {
+                for page in pages {
+                    assert_eq!(vmm.memory().load(page * 4096), word(page * 4096, 0));
+                    vmm.memory().store(page * 4096, page);
+                }
+            });
+            assert!(wrote.is_some());
+            session.stop().expect("a report");
+
+            // The next one knows nothing of that.
+            let config = Config {
+                background,
+                prefetch: match background {
+                    true => Vec::new(),
+                    false => (0..shape.len).step_by(4096).collect(),
+                },
+                ..Config::default()
+            };
+            let session = serve(&vmm, &source, config);
+            all_filled(&session);
+            for page in written.start..put.end {
+                let seen = guest(&vmm, move |vmm| vmm.memory().load(page * 4096));
+                assert_eq!(seen, Some(page), "background: {background}");
+            }
+            let rest = put.end * 4096;
+            let wrong = guest(&vmm, move |vmm| vmm.wrong_words(rest, vmm.memory().len()));
+            assert_eq!(wrong, Some(0));
+            session.stop().expect("a report");
+        }
+    }
+}
+
 #[test]
 fn a_region_without_a_log_can_lie_beside_one_that_has_one() {
     if skipped("a_region_without_a_log_can_lie_beside_one_that_has_one") {
