@@ -30,6 +30,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const CHILDREN: usize = 64;
 /// Messages read at a time when all are wanted.
 const ROUND: usize = 16;
+/// What a poll says of the userfaultfd. The others are looked at by whoever is woken.
+const MESSAGES: u64 = 1;
 
 /// A session could not begin, or ended in the middle.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,9 @@ pub enum SessionError {
     /// A thread of the session panicked.
     #[error("a thread of the handler panicked")]
     Panicked,
+    /// The descriptor that messages come by has come to block, or has never been made ready.
+    #[error("the userfaultfd cannot be waited for: it blocks, or it was never initialised")]
+    Blocks,
     /// The kernel sent something that was not asked for.
     #[error("a message of unknown kind {0:#x}")]
     Message(u8),
@@ -237,9 +242,14 @@ impl Session {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(system("an event"));
         let (stop, more) = (event()?, event()?);
         let epoll = Epoll::new().map_err(system("a poll"))?;
-        for fd in [uffd.as_raw_fd(), stop.as_raw_fd(), more.as_raw_fd()] {
+        for (fd, what) in [
+            (uffd.as_raw_fd(), MESSAGES),
+            (stop.as_raw_fd(), 0),
+            (more.as_raw_fd(), 0),
+        ] {
+            let event = EpollEvent::new(EventSet::IN, what);
             epoll
-                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+                .ctl(ControlOperation::Add, fd, event)
                 .map_err(system("a poll"))?;
         }
         let shared = Arc::new(Shared {
@@ -484,8 +494,18 @@ impl Shared {
 
     /// Whether there may be a message, after so many milliseconds at most; -1 for no limit.
     pub(crate) fn poll(&self, timeout: i32) -> Result<bool, SessionError> {
-        match self.epoll.wait(timeout, &mut [EpollEvent::default()]) {
-            Ok(events) => Ok(events > 0),
+        let mut events = [EpollEvent::default(); 3];
+        match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => {
+                let broken = |event: &EpollEvent| {
+                    event.data() == MESSAGES && event.event_set().contains(EventSet::ERROR)
+                };
+                // The kernel says so of a userfaultfd that blocks, at once and for ever.
+                if events.iter().take(count).any(broken) {
+                    return Err(SessionError::Blocks);
+                }
+                Ok(count > 0)
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(system("a poll")(error)),
         }
@@ -546,6 +566,8 @@ impl Shared {
 
     /// Serves a child of the VMM.
     fn adopt(&self, uffd: Uffd, regions: Vec<Region>) -> Result<(), SessionError> {
+        // It blocks if its parent's was made to.
+        uffd.unblock().map_err(system("a child's descriptor"))?;
         let hello = Hello {
             regions,
             uffd,

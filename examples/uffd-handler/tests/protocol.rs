@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::memory::{Kind, word};
 use uffd_handler::protocol::{self, Extent, Region};
 use uffd_handler::sys::{Uffd, features};
@@ -60,8 +60,13 @@ impl Handler {
         }
     }
 
-    /// Waits for its end; what it said on each of its outputs.
+    /// Waits for its end, for as long as any end may take; what it said on each of its outputs.
     fn said(mut self) -> (bool, String, String) {
+        let begun = Instant::now();
+        while self.child.try_wait().expect("its state").is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it does not end");
+            thread::sleep(Duration::from_millis(2));
+        }
         let status = self.child.wait().expect("its end");
         let (mut out, mut err) = (String::new(), String::new());
         let read = |from: Option<&mut dyn Read>, to: &mut String| {
@@ -351,12 +356,18 @@ fn a_child_of_the_vmm_is_served_as_well() {
     // it has been read.
     let _alone = forking();
     let snapshot = SnapshotFile::new("forked");
+    for blocking in [false, true] {
+        serve_a_child(&snapshot, blocking);
+    }
+}
+
+/// Serves a VMM and its child, with userfaultfds of which the second is as the first was made.
+fn serve_a_child(snapshot: &SnapshotFile, blocking: bool) {
     let handler = Handler::start("forked", &snapshot.0, &["--once"]);
-    let vmm = match Vmm::new(shape(
-        Kind::Anonymous,
-        LEN,
-        features::FORK | features::REMOVE,
-    )) {
+    let vmm = match Vmm::new(Shape {
+        blocking,
+        ..shape(Kind::Anonymous, LEN, features::FORK | features::REMOVE)
+    }) {
         Ok(vmm) => vmm,
         Err(why) => {
             eprintln!("SKIPPED a_child_of_the_vmm_is_served_as_well: no reports of forks: {why}");

@@ -4,6 +4,7 @@ mod common;
 
 use common::{MIB, serve, shape, skipped, source};
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -190,6 +191,37 @@ fn a_fault_where_nothing_was_said_to_be_ends_the_session() {
     thread::spawn(move || there.memory().load(silent));
     let reason = reason(session);
     assert!(reason.contains("nothing is known"), "{reason}");
+}
+
+#[test]
+fn a_vmm_that_has_its_descriptor_block_is_told_so_and_keeps_nobody() {
+    if skipped("a_vmm_that_has_its_descriptor_block_is_told_so_and_keeps_nobody") {
+        return;
+    }
+    // With and without reports of changes, whose reader is alone with what it holds.
+    for features in [0, features::REMOVE] {
+        for workers in [1, 4] {
+            let shape = shape(Kind::Anonymous, MIB, features);
+            let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+            let config = Config {
+                workers,
+                ..Config::default()
+            };
+            let session = serve(&vmm, &source(shape.len), config);
+            assert_eq!(guest(&vmm, |vmm| vmm.memory().load(0)), Some(word(0, 0)));
+            let shared = vmm.hello().expect("a hello").uffd;
+            // UNSAFETY: a system call. SAFETY: no memory is passed.
+            #[allow(unsafe_code)]
+            let set = unsafe { libc::fcntl(shared.as_raw_fd(), libc::F_SETFL, 0) };
+            assert_eq!(set, 0, "other flags");
+            // Something to read, by which whoever waits notices.
+            let there = vmm.clone();
+            thread::spawn(move || there.memory().load(4096));
+            let reason = guest(&vmm, move |_| reason(session));
+            let reason = reason.expect("its end");
+            assert!(reason.contains("it blocks"), "{reason}");
+        }
+    }
 }
 
 /// A source that does not do what it should.
