@@ -211,10 +211,11 @@ impl KernelTable {
         }
     }
 
-    /// The VMM has forked, or moved memory. Guest memory that is a file is the child's too, which puts pages there; and
-    /// where a page was missing when its fault was read, another may have been moved to. So from now on no page is written
-    /// to the file: it comes by a copy, which the kernel refuses if one is there. To be called before the change counts as
-    /// applied.
+    /// The VMM has forked, moved memory, or given up pages without a report. Guest memory that is a file is the child's too,
+    /// which puts pages there; where a page was missing when its fault was read, another may have been moved to; and one that
+    /// the table forgets may come back before all who were told that it is missing have acted. So from now on no page is
+    /// written to the file: it comes by a copy, which the kernel refuses if one is there. To be called before the table
+    /// changes.
     pub(crate) fn doubt(&self) {
         self.doubtful.store(true, Ordering::Release);
     }

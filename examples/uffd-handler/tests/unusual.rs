@@ -14,7 +14,7 @@ use uffd_handler::memory::{Kind, word};
 use uffd_handler::source::{Snapshot, Source};
 use uffd_handler::sys::features;
 use uffd_handler::vmm::{Shape, Vmm};
-use uffd_handler::{Config, Session};
+use uffd_handler::{Config, Engine, Session};
 
 /// Longer than any wait that ends.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -222,6 +222,74 @@ fn a_vmm_that_has_its_descriptor_block_is_told_so_and_keeps_nobody() {
             assert!(reason.contains("it blocks"), "{reason}");
         }
     }
+}
+
+#[test]
+fn what_is_given_up_without_a_report_is_filled_again() {
+    if skipped("what_is_given_up_without_a_report_is_filled_again") {
+        return;
+    }
+    for (engine, shape) in [
+        (Engine::Tdp, Shape::new(Kind::Anonymous, 4 * MIB)),
+        (Engine::Mutex, Shape::new(Kind::Anonymous, 4 * MIB)),
+        (Engine::Tdp, by_file(0)),
+    ] {
+        let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+        let config = Config {
+            engine,
+            workers: 3,
+            ..Config::default()
+        };
+        let session = serve(&vmm, &source(shape.len), config);
+        for _ in 0..3 {
+            let read = |from: u64| move |vmm: &Vmm| vmm.wrong_words(from, from + MIB);
+            assert_eq!(guest(&vmm, read(MIB)), Some(0));
+            vmm.memory().store(2 * MIB, 5);
+            vmm.memory().give_up(MIB, MIB).expect("a removal");
+            // Several threads, each with a page of its own: none gets in the way of another.
+            let ours: Vec<_> = (0..4)
+                .map(|which| {
+                    let there = vmm.clone();
+                    thread::spawn(move || {
+                        let first = MIB + which * 4096;
+                        let pages = (first..2 * MIB).step_by(4 * 4096);
+                        let read = move |vmm: &Vmm| {
+                            let ends = pages.map(|at| vmm.wrong_words(at, at + 4096));
+                            ends.sum::<u64>()
+                        };
+                        guest(&there, read)
+                    })
+                })
+                .collect();
+            for thread in ours {
+                assert_eq!(thread.join().expect("a guest"), Some(0), "{engine:?}");
+            }
+            assert_eq!(vmm.memory().load(2 * MIB), 5);
+        }
+        session.stop().expect("a report");
+    }
+}
+
+#[test]
+fn two_faults_where_nothing_was_said_to_be_end_the_session_as_one_does() {
+    if skipped("two_faults_where_nothing_was_said_to_be_end_the_session_as_one_does") {
+        return;
+    }
+    let shape = Shape::new(Kind::Anonymous, 4 * MIB);
+    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let mut hello = vmm.hello().expect("a hello");
+    let silent = hello.regions.pop().expect("two regions").offset;
+    let config = Config {
+        workers: 1,
+        ..Config::default()
+    };
+    let session = Session::start(hello, source(shape.len), config).expect("a session");
+    for page in 0..2 {
+        let there = vmm.clone();
+        thread::spawn(move || there.memory().load(silent + page * 4096));
+    }
+    let reason = reason(session);
+    assert!(reason.contains("nothing is known"), "{reason}");
 }
 
 /// A source that does not do what it should.
