@@ -227,6 +227,9 @@ impl Worker {
             let fault = Fault::read(Gpa(address)).private();
             match knowing(known, || vcpu.fault(fault))? {
                 Outcome::Fixed { .. } => {
+                    if known == Known::Nothing {
+                        self.changes(states, address)?;
+                    }
                     self.served.filled += 1;
                     self.record(states, address);
                     return Ok(());
@@ -239,6 +242,7 @@ impl Worker {
                     // Another worker may do the same, and the guest may have written to what that one put there: what the
                     // kernel has said of the page counts no longer, to whichever worker it was said.
                     known = Known::Nothing;
+                    self.changes(states, address)?;
                     states.host().protected().doubt();
                     let to = address & !(page - 1);
                     states
@@ -267,8 +271,10 @@ impl Worker {
                 }
                 Outcome::Retry(_) => self.served.retries += 1,
                 Outcome::MemoryFault(MemoryFault::IsShared) => {
+                    self.changes(states, address)?;
                     match zero(states, address, cached) {
                         Ok(Some(zeroed)) => {
+                            self.changes(states, address)?;
                             self.served.zeroed += u64::from(zeroed);
                             self.served.mapped += u64::from(!zeroed);
                             return Ok(());
@@ -329,6 +335,17 @@ impl Worker {
             return Err(SessionError::Stray(address));
         }
         let _ = self.shared.uffd.wake(page, 4096);
+        Ok(())
+    }
+
+    /// A page comes to hold something else than it did, by no write of the guest's. Called before, so that whoever goes on
+    /// once it is there goes on after the mark, and after, for a collection in between that finds nothing in the file yet.
+    fn changes(&self, states: &PageStates, address: u64) -> Result<(), SessionError> {
+        if let Some(writes) = &self.shared.writes {
+            let page = page_size(states, address).unwrap_or(4096);
+            let to = address & !(page - 1);
+            writes.mark(frames(to, to + page))?;
+        }
         Ok(())
     }
 
