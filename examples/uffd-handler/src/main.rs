@@ -209,7 +209,7 @@ fn serve(options: &Serve) -> Outcome<()> {
         };
         let (source, config, options) = (source.clone(), config.clone(), options.clone());
         let once = options.once;
-        let vm = thread::spawn(move || {
+        let vm = thread::Builder::new().spawn(move || {
             let done = serve_one(&stream, source, config, &options);
             match &done {
                 Ok(report) => println!("{}", serde_json::json!(report)),
@@ -222,6 +222,14 @@ fn serve(options: &Serve) -> Outcome<()> {
             }
             done.map(drop).map_err(|error| error.to_string())
         });
+        let vm = match vm {
+            Ok(vm) => vm,
+            Err(error) if once => return Err(error.into()),
+            Err(error) => {
+                eprintln!("error: no thread for a connection: {error}");
+                continue;
+            }
+        };
         if once {
             return Ok(vm.join().map_err(|_| "a thread panicked")??);
         }
@@ -239,7 +247,10 @@ fn serve_one(
     let session = Session::start(hello, source, config)?;
     thread::scope(|scope| {
         if options.progress {
-            scope.spawn(|| show_progress(&session));
+            let shown = thread::Builder::new().spawn_scoped(scope, || show_progress(&session));
+            if let Err(error) = shown {
+                eprintln!("error: no thread to show how far it is: {error}");
+            }
         }
         session.wait(stream);
         session.finish();

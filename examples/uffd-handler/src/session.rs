@@ -26,8 +26,10 @@ use tdp::{FaultError, MmuError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Children of a VMM that are served at a time.
+/// Children of a VMM, and theirs, that are served at a time.
 const CHILDREN: usize = 64;
+/// The same with those whose process has ended, or whose session has, and who still have threads or descriptors.
+const ENDING: usize = 4 * CHILDREN;
 /// Messages read at a time when all are wanted.
 const ROUND: usize = 16;
 /// What a poll says of the userfaultfd. The others are looked at by whoever is woken.
@@ -68,7 +70,7 @@ pub enum SessionError {
     /// A thread waits for what nobody can fill, and would for ever.
     #[error("the fault at {0:#x} comes again and again: nothing is known of that address")]
     Stray(u64),
-    /// The VMM has forked more often than one that is served has reason to.
+    /// The VMM and its children have forked more often than who is served has reason to.
     #[error("more than {CHILDREN} children of the VMM are alive")]
     Children,
     /// A thread of the session panicked.
@@ -144,7 +146,7 @@ pub struct Report {
     pub sent_back: u64,
     /// Changes of the address space that were applied.
     pub changes: u64,
-    /// Children that were served.
+    /// Children that were served, and theirs.
     pub forks: u64,
     /// Snapshot offsets of the pages that were asked for, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -177,10 +179,22 @@ pub(crate) struct Shared {
     more: EventFd,
     stopping: AtomicBool,
     failed: Mutex<Option<SessionError>>,
-    children: Mutex<Vec<Session>>,
-    /// Children that have ended, and what their faults were.
-    ended: Mutex<(u64, Served)>,
+    family: Arc<Mutex<Family>>,
     changes: std::sync::atomic::AtomicU64,
+}
+
+/// A VMM's children, theirs, and so on: one list of all, so that it is bounded however they descend from each other. It is
+/// the first session's to end.
+#[derive(Default)]
+struct Family {
+    /// Nobody else is served.
+    over: bool,
+    /// Those that are about to be served.
+    expected: usize,
+    children: Vec<Session>,
+    /// Those that have ended, and what their faults were.
+    ended: u64,
+    served: Served,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -196,6 +210,19 @@ pub struct Session {
     pub(crate) shared: Arc<Shared>,
     workers: Vec<JoinHandle<Served>>,
     helpers: Vec<JoinHandle<(u64, u64)>>,
+    /// Whether it is a child's.
+    child: bool,
+}
+
+/// Starts a thread of a session, if the system lets us. Its panic ends the session.
+fn spawn<R: Send + 'static>(
+    shared: &Arc<Shared>,
+    run: impl FnOnce(&Arc<Shared>) -> R + Send + 'static,
+) -> Result<JoinHandle<R>, SessionError> {
+    let alarm = Alarm(shared.clone());
+    thread::Builder::new()
+        .spawn(move || run(&alarm.0))
+        .map_err(system("a thread"))
 }
 
 impl Session {
@@ -209,6 +236,17 @@ impl Session {
         source: Arc<dyn Source>,
         config: Config,
     ) -> Result<Self, SessionError> {
+        Self::start_in(None, hello, source, config)
+    }
+
+    /// The same of a child that is to be in a family.
+    fn start_in(
+        family: Option<Arc<Mutex<Family>>>,
+        hello: Hello,
+        source: Arc<dyn Source>,
+        config: Config,
+    ) -> Result<Self, SessionError> {
+        let child = family.is_some();
         let Hello {
             regions,
             uffd,
@@ -265,8 +303,7 @@ impl Session {
             more,
             stopping: AtomicBool::new(false),
             failed: Mutex::default(),
-            children: Mutex::default(),
-            ended: Mutex::default(),
+            family: family.unwrap_or_default(),
             changes: 0.into(),
             config,
         });
@@ -274,24 +311,19 @@ impl Session {
             shared: shared.clone(),
             workers: Vec::new(),
             helpers: Vec::new(),
+            child,
         };
         // Dropped, on failure, it stops those that run.
         for _ in 0..shared.config.workers.max(1) {
             let mut worker = Worker::new(&shared)?;
-            let alarm = Alarm(shared.clone());
-            let run = move || {
-                let _alarm = alarm;
-                worker.run()
-            };
-            session.workers.push(thread::spawn(run));
+            session.workers.push(spawn(&shared, move |_| worker.run())?);
         }
         if let Table::Tdp(states) = &shared.table
             && (shared.config.background || !shared.config.prefetch.is_empty())
         {
             let vcpu = states.vcpu()?;
-            let alarm = Alarm(shared.clone());
-            let helper = move || crate::background::run(&alarm.0, vcpu);
-            session.helpers.push(thread::spawn(helper));
+            let helper = move |shared: &Arc<_>| crate::background::run(shared, vcpu);
+            session.helpers.push(spawn(&shared, helper)?);
         }
         Ok(session)
     }
@@ -337,6 +369,12 @@ impl Session {
         self.shared.stop();
     }
 
+    /// Whether it is over and all of its threads have ended, so that ending it waits for nobody.
+    fn has_ended(&self) -> bool {
+        self.workers.iter().all(JoinHandle::is_finished)
+            && self.helpers.iter().all(JoinHandle::is_finished)
+    }
+
     /// Ends it and says what came of it.
     ///
     /// # Errors
@@ -369,15 +407,27 @@ impl Session {
         if let Some(record) = &self.shared.record {
             report.recorded = std::mem::take(&mut *lock(record));
         }
-        let children = std::mem::take(&mut *lock(&self.shared.children));
-        for child in children {
-            report.forks += 1;
-            report.served.add(&child.stop()?.served);
+        let mut failed = lock(&self.shared.failed).take();
+        if !self.child {
+            let children = {
+                let mut family = lock(&self.shared.family);
+                family.over = true;
+                report.forks += family.ended;
+                report.served.add(&family.served);
+                std::mem::take(&mut family.children)
+            };
+            for child in &children {
+                child.finish();
+            }
+            for child in children {
+                report.forks += 1;
+                match child.stop() {
+                    Ok(child) => report.served.add(&child.served),
+                    Err(error) => failed = failed.or(Some(error)),
+                }
+            }
         }
-        let (forks, served) = *lock(&self.shared.ended);
-        report.forks += forks;
-        report.served.add(&served);
-        match lock(&self.shared.failed).take() {
+        match failed {
             Some(error) => Err(error),
             None => Ok(report),
         }
@@ -579,19 +629,48 @@ impl Shared {
             background: false,
             ..self.config.clone()
         };
-        let mut children = lock(&self.children);
-        // Those that have ended have nobody else who would notice, or be concerned by how.
-        for child in children.extract_if(.., |child| child.shared.uffd.is_orphaned()) {
-            let mut ended = lock(&self.ended);
-            ended.0 += 1;
+        if !lock(&self.family).expect_another()? {
+            return Ok(());
+        }
+        // Without the family's lock, which the child's own threads may wait for: they are waited for if it cannot start.
+        let relatives = Some(self.family.clone());
+        let child = Session::start_in(relatives, hello, self.source.clone(), config);
+        let mut family = lock(&self.family);
+        family.expected -= 1;
+        let child = child?;
+        if !family.over {
+            family.children.push(child);
+        }
+        Ok(())
+    }
+}
+
+impl Family {
+    /// Makes room for a child that is about to be served. `false` if nobody is to be any more.
+    fn expect_another(&mut self) -> Result<bool, SessionError> {
+        if self.over {
+            return Ok(false);
+        }
+        // Those whose process has ended have nobody else who would notice, or be concerned by how. No thread is waited for:
+        // it may be one that waits for the family, or this one.
+        let has_ended = |child: &mut Session| {
+            let orphaned = child.shared.uffd.is_orphaned();
+            if orphaned {
+                child.finish();
+            }
+            orphaned && child.has_ended()
+        };
+        for child in self.children.extract_if(.., has_ended) {
+            self.ended += 1;
             if let Ok(report) = child.stop() {
-                ended.1.add(&report.served);
+                self.served.add(&report.served);
             }
         }
-        if children.len() == CHILDREN {
+        let alive = self.children.iter().filter(|child| !child.is_over());
+        if alive.count() + self.expected >= CHILDREN || self.children.len() >= ENDING {
             return Err(SessionError::Children);
         }
-        children.push(Session::start(hello, self.source.clone(), config)?);
-        Ok(())
+        self.expected += 1;
+        Ok(true)
     }
 }

@@ -562,3 +562,38 @@ fn children_that_have_ended_cost_their_handler_nothing() {
     assert!(out.contains("\"forks\":80"), "{out}");
     assert!(out.contains("\"filled\":80"), "{out}");
 }
+
+/// Forks so many times, each time in the child of the last.
+fn descend(generations: u32) -> bool {
+    generations == 0 || common::in_a_child(|| descend(generations - 1))
+}
+
+#[test]
+fn children_are_counted_however_they_descend_from_each_other() {
+    if skipped("children_are_counted_however_they_descend_from_each_other") {
+        return;
+    }
+    let _alone = forking();
+    let snapshot = SnapshotFile::new("descent");
+    for (generations, served) in [(10, true), (70, false)] {
+        let handler = Handler::start("descent", &snapshot.0, &["--once"]);
+        let vmm = match Vmm::new(shape(Kind::Anonymous, LEN, features::FORK)) {
+            Ok(vmm) => vmm,
+            Err(why) => {
+                eprintln!("SKIPPED children_are_counted: no reports of forks: {why}");
+                return;
+            }
+        };
+        let stream = handler.connect();
+        vmm.introduce(&stream).expect("a message");
+        assert_eq!(vmm.memory().load(0), word(0, 0));
+        assert!(descend(generations), "a child did not end");
+        drop(stream);
+        let (success, out, err) = handler.said();
+        assert_eq!(success, served, "{err}");
+        match served {
+            true => assert!(out.contains("\"forks\":10"), "{out}"),
+            false => assert!(err.contains("more than 64 children"), "{err}"),
+        }
+    }
+}
