@@ -206,6 +206,20 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
             vec![good],
             "overlaps the one before",
         ),
+        (
+            json(
+                &(0..1025)
+                    .map(|it| Region::new(base + it * 4096, 4096, 0))
+                    .collect::<Vec<_>>(),
+            ),
+            vec![good],
+            "1025 regions",
+        ),
+        (
+            format!("[{}nonsense", " ".repeat(5000)),
+            vec![good],
+            "no list of regions",
+        ),
         (json(&[removed(MIB, 4096)]), vec![good], "whole pages of it"),
         (json(&[removed(0, !0xfff)]), vec![good], "whole pages of it"),
         (json(&[removed(8, 4096)]), vec![good], "whole pages of it"),
