@@ -1,7 +1,7 @@
 //! One VM's handler: workers that share a table, and what runs beside them.
 //!
-//! Protocol. Each worker looks a few times for a message, waits for one by a poll of its own that wakes one of them only, reads
-//! one message at a time and resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
+//! Protocol. Each worker looks a few times for a message; then one waits for all of them (`worker.rs`). Who reads a message
+//! resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
 //! that a change sends back is tried again after what there is to read has been read and applied. A fault that was read and
 //! not resolved when a handler died sleeps until it is woken: so whoever begins wakes all.
 //!
@@ -561,11 +561,12 @@ impl Shared {
         }
     }
 
-    /// Reads all there is: changes are applied, faults put aside.
+    /// Reads all there is, unless the session is ending: changes are applied, faults put aside.
     pub(crate) fn drain(&self) -> Result<(), SessionError> {
         if let Some((states, gate)) = self.gate() {
             let mut ahead = lock(&self.reading);
-            while self.read_and_apply(states, gate, &mut ahead, ROUND)? {}
+            // A VMM that changes its memory all the time would keep whoever is here.
+            while !self.is_stopping() && self.read_and_apply(states, gate, &mut ahead, ROUND)? {}
             if !ahead.is_empty() {
                 let _ = self.more.write(1);
             }
@@ -672,5 +673,53 @@ impl Family {
         }
         self.expected += 1;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Kind;
+    use crate::source::Snapshot;
+    use crate::sys::features;
+    use crate::vmm::{Shape, Vmm, snapshot};
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_ending_reads_no_more_messages() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED what_is_ending_reads_no_more_messages: {why}");
+            return;
+        }
+        let shape = Shape {
+            features: features::REMOVE,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        };
+        let vmm = Vmm::new(shape).expect("a VMM");
+        let source = Arc::new(Snapshot::of(snapshot(shape.len).expect("a snapshot")));
+        let hello = vmm.hello().expect("a hello");
+        let session = Session::start(hello, source, Config::default()).expect("a session");
+        session.finish();
+        while !session.has_ended() {
+            thread::yield_now();
+        }
+        thread::scope(|scope| {
+            // Returns once the report of it has been read.
+            let removal = scope.spawn(|| vmm.memory().give_up(0, 4096));
+            let reported = || {
+                let mut events = [EpollEvent::default(); 3];
+                let count = session.shared.epoll.wait(0, &mut events).expect("a poll");
+                events.iter().take(count).any(|it| it.data() == MESSAGES)
+            };
+            while !reported() {
+                thread::yield_now();
+            }
+            session.shared.drain().expect("no error");
+            thread::sleep(Duration::from_millis(50));
+            let read = removal.is_finished();
+            session.shared.read().expect("a message");
+            removal.join().expect("a thread").expect("a removal");
+            assert!(!read, "the report of a removal was read");
+        });
     }
 }
