@@ -236,11 +236,25 @@ impl WriteLog {
                 }
                 Ok(())
             }
-            Message::Remap { .. } | Message::Unmap { .. } => Err(lost(
-                "regions whose writes are tracked have to stay where they are",
-            )),
+            Message::Remap { from, to, len } => {
+                let ends = [*from, *to].map(|start| frames(start, start.saturating_add(*len)));
+                self.stays(&ends)
+            }
+            Message::Unmap { start, end } if start < end => self.stays(&[frames(*start, *end)]),
             _ => Ok(()),
         }
+    }
+
+    /// Sees to it that none of these is tracked, because the memory there goes or others comes.
+    fn stays(&self, ranges: &[GfnRange]) -> Result<(), ChangeError> {
+        let slots = self.mmu.slots().list(SPACE);
+        let touched = |range: &GfnRange| slots.iter().any(|slot| slot.gfns().overlaps(*range));
+        if ranges.iter().any(touched) {
+            return Err(lost(
+                "regions whose writes are tracked have to stay where they are",
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -341,6 +355,41 @@ mod tests {
         let hello = vmm.hello().expect("a hello");
         let log = WriteLog::new(hello.uffd, &hello.regions).expect("a log");
         (vmm, log)
+    }
+
+    #[test]
+    fn only_what_is_tracked_has_to_stay_where_it_is() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED only_what_is_tracked_has_to_stay_where_it_is: {why}");
+            return;
+        }
+        let shape = Shape {
+            features: features::WP,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        };
+        let (vmm, log) = tracked(shape);
+        let start = vmm.memory().address();
+        let end = start + shape.len;
+        let (away, len) = (end + (1 << 30), 4096);
+        let unmap = |start, end| Message::Unmap { start, end };
+        let remap = |from, to, len| Message::Remap { from, to, len };
+        for change in [
+            unmap(end, end + len),
+            unmap(start - len, start),
+            remap(end, away, len),
+            remap(away, start - len, len),
+        ] {
+            log.note(&change).expect("nothing tracked is touched");
+        }
+        for change in [
+            unmap(end - len, end),
+            unmap(start - len, start + len),
+            remap(start, away, len),
+            remap(away, end - len, len),
+            remap(away, start - len, 2 * len),
+        ] {
+            assert!(log.note(&change).is_err(), "{change:?}");
+        }
     }
 
     #[test]

@@ -153,14 +153,17 @@ fn a_region_without_a_log_can_lie_beside_one_that_has_one() {
     }
     let shape = Shape {
         track_writes: true,
-        features: features::WP,
+        features: features::WP | features::UNMAP,
         ..Shape::new(Kind::Anonymous, 4 * MIB)
     };
-    let vmm = Arc::new(Vmm::new(shape).expect("a VMM"));
+    let mut vmm = Vmm::new(shape).expect("a VMM");
     let mut hello = vmm.hello().expect("a hello");
     hello.regions[1].track_writes = false;
     let second = hello.regions[0].size;
     let session = Session::start(hello, source(shape.len), Config::default()).expect("a session");
+    // It may go, too.
+    vmm.memory_mut().shrink(MIB).expect("a cut");
+    let vmm = Arc::new(vmm);
     for at in [0, second] {
         let stored = guest(&vmm, move |vmm| {
             let before = vmm.memory().load(at);
