@@ -459,30 +459,55 @@ pub(crate) fn write_at(file: &fs::File, source: u64, len: u64, offset: u64) -> R
     Ok(())
 }
 
+/// What the system says of a connection. `T` is one of the types that it writes for the option `name`.
+fn option<T: Copy>(
+    stream: &std::os::unix::net::UnixStream,
+    name: i32,
+    mut told: T,
+) -> io::Result<T> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    let room = (&raw mut told).cast();
+    let fd = stream.as_raw_fd();
+    // SAFETY: the kernel writes at most `len` bytes, those of `told`: plain numbers, of which any are valid.
+    let done = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, room, &raw mut len) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(told)
+}
+
 /// Ends the process at the other end of a connection, whose threads would wait for their pages for ever. Returns its number.
+///
+/// The number alone may be another process's by now, so it is used only where the kernel, older than 6.5, has nothing better.
 ///
 /// # Errors
 ///
 /// The system's; `NotFound` if it cannot be told who that is.
 pub fn end_peer(stream: &std::os::unix::net::UnixStream) -> io::Result<i32> {
-    let mut peer = libc::ucred {
+    let nobody = libc::ucred {
         pid: 0,
         uid: 0,
         gid: 0,
     };
-    let mut len = size_of_val(&peer) as libc::socklen_t;
-    let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
-    let room = (&raw mut peer).cast();
-    // SAFETY: the kernel writes at most `len` bytes, those of `peer`.
-    let told = unsafe { libc::getsockopt(stream.as_raw_fd(), level, name, room, &raw mut len) };
-    if told < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let peer = option(stream, libc::SO_PEERCRED, nobody)?;
     if peer.pid <= 1 || peer.pid == std::process::id() as i32 {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     }
-    // SAFETY: no memory is passed.
-    if unsafe { libc::kill(peer.pid, libc::SIGKILL) } < 0 {
+    let done = match option(stream, libc::SO_PEERPIDFD, -1 as RawFd) {
+        Ok(process) => {
+            // SAFETY: a descriptor that the kernel has just made for us.
+            let process = unsafe { OwnedFd::from_raw_fd(process) };
+            let (fd, none) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+            // SAFETY: no memory is passed.
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, none, 0) }
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            // SAFETY: no memory is passed.
+            unsafe { libc::kill(peer.pid, libc::SIGKILL).into() }
+        }
+        Err(error) => return Err(error),
+    };
+    if done < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(peer.pid)

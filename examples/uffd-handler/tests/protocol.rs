@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -460,6 +461,39 @@ fn a_vmm_that_waits() {
     assert_eq!(vmm.memory().load(0), word(0, 0));
     println!("introduced");
     thread::sleep(Duration::from_secs(60));
+}
+
+/// The VMM of [`a_vmm_that_cannot_be_served_is_ended`]: makes no sense, and waits for what comes of it.
+#[test]
+#[ignore = "is a part of another test, in a process of its own"]
+fn a_vmm_that_makes_no_sense() {
+    let Some(socket) = std::env::var_os("VMM_SOCKET") else {
+        return;
+    };
+    let stream = UnixStream::connect(socket).expect("a handler");
+    protocol::send_bytes(&stream, b"nonsense", &[]).expect("a message");
+    thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn a_vmm_that_cannot_be_served_is_ended() {
+    let snapshot = SnapshotFile::new("ended");
+    let handler = Handler::start("ended", &snapshot.0, &["--once", "--kill"]);
+    while !handler.socket.exists() {
+        thread::sleep(Duration::from_millis(2));
+    }
+    let mut vmm = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--ignored", "--exact", "a_vmm_that_makes_no_sense"])
+        .env("VMM_SOCKET", &handler.socket)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a VMM");
+    let pid = vmm.id();
+    let (success, _, err) = handler.said();
+    assert!(!success && err.contains("no list of regions"), "{err}");
+    assert!(err.contains(&format!("process {pid} was ended")), "{err}");
+    let status = vmm.wait().expect("its end");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
 }
 
 #[test]
