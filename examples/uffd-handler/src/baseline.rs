@@ -34,12 +34,13 @@ impl MutexTable {
         }
     }
 
-    /// Makes sure that the page of an address is there. `false` if it was.
+    /// Makes sure that the page of an address is there, whatever the bitmap says of it if it is to be filled `anew`. `false`
+    /// if it was.
     ///
     /// # Errors
     ///
     /// The source's and the system's; `NotFound` for an address in no region.
-    pub fn fill(&self, address: u64) -> io::Result<bool> {
+    pub fn fill(&self, address: u64, anew: bool) -> io::Result<bool> {
         let mut parts = self
             .state
             .lock()
@@ -51,7 +52,7 @@ impl MutexTable {
         let page = part.region.page_size;
         let index = (address - part.region.base_host_virt_addr) / page;
         let (word, bit) = (&mut part.copied[index as usize / 64], 1 << (index % 64));
-        if *word & bit != 0 {
+        if *word & bit != 0 && !anew {
             return Ok(false);
         }
         let to = part.region.base_host_virt_addr + index * page;
@@ -61,13 +62,14 @@ impl MutexTable {
                 done = self.uffd.copy(to, source, page, false);
             })?;
         match done {
-            Err(short) if short.errno != libc::EEXIST => {
-                Err(io::Error::from_raw_os_error(short.errno))
+            Ok(()) => {}
+            Err(short) if short.errno == libc::EEXIST => {
+                // Whoever waits for it is not woken by a copy that was not made.
+                let _ = self.uffd.wake(to, page);
             }
-            _ => {
-                *word |= bit;
-                Ok(true)
-            }
+            Err(short) => return Err(io::Error::from_raw_os_error(short.errno)),
         }
+        *word |= bit;
+        Ok(true)
     }
 }

@@ -44,6 +44,8 @@ pub struct Plan {
 pub struct Compared {
     /// What was read.
     pub what: String,
+    /// Bytes of one page.
+    pub page_size: u64,
     /// Faulting threads, and as many workers.
     pub threads: usize,
     /// Pages for each second, medians.
@@ -104,6 +106,66 @@ pub struct Figures {
     pub scaled: Scaled,
     /// The cost of the library.
     pub overhead: Overhead,
+}
+
+/// Least rate of the library, as a multiple of that with one mutex. Of pages of 4 KiB: there are so few of 2 MiB in a run
+/// that the figure says little.
+pub const LEAST_RATIO: f64 = 1.3;
+/// Most that the library may add to an ioctl, in per cent of it.
+pub const MOST_OVERHEAD: f64 = 3.0;
+/// Least rate of many threads on a slow source, as a multiple of that of one.
+pub const LEAST_SCALING: f64 = 50.0;
+/// The same as a part of what bare threads reach: enough where the machine does not allow more.
+pub const LEAST_OF_BARE: f64 = 0.9;
+
+impl Figures {
+    /// What is not as it should be, a line for each.
+    pub fn shortcomings(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut demand = |good: bool, what: String| {
+            if !good {
+                found.push(what);
+            }
+        };
+        let mut right = |what: &str, wrong_words: u64, double_fills: u64| {
+            let good = wrong_words == 0 && double_fills == 0;
+            demand(
+                good,
+                format!("{what}: {wrong_words} wrong words and {double_fills} double fills"),
+            );
+        };
+        for it in &self.compared {
+            right(&it.what, it.wrong_words, it.double_fills);
+        }
+        let Scaled {
+            ratio, bare_ratio, ..
+        } = self.scaled;
+        right(
+            "the slow source",
+            self.scaled.wrong_words,
+            self.scaled.double_fills,
+        );
+        // A figure that is none is not as it should be: so nothing is asked the other way round.
+        for it in self.compared.iter().filter(|it| it.page_size == 4096) {
+            let text = format!(
+                "{}: {:.2} times the rate with one mutex, not {LEAST_RATIO}",
+                it.what, it.ratio
+            );
+            demand(it.ratio >= LEAST_RATIO, text);
+        }
+        demand(
+            ratio >= LEAST_SCALING || ratio >= LEAST_OF_BARE * bare_ratio,
+            format!(
+                "the slow source: {ratio:.1} times the rate of one thread, neither {LEAST_SCALING} nor {LEAST_OF_BARE} of the {bare_ratio:.1} of bare threads"
+            ),
+        );
+        let percent = self.overhead.percent;
+        demand(
+            percent <= MOST_OVERHEAD,
+            format!("the library adds {percent:.1} % to an ioctl, more than {MOST_OVERHEAD}"),
+        );
+        found
+    }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -179,6 +241,7 @@ fn compare(plan: &Plan, what: &str, shape: Shape, source: &Arc<dyn Source>) -> R
     }
     Ok(Compared {
         what: what.into(),
+        page_size: shape.kind.page(),
         threads: plan.threads,
         tdp_pages_per_s: median(tdp),
         mutex_pages_per_s: median(mutex),
@@ -342,4 +405,77 @@ pub fn measure(plan: &Plan) -> Result<Figures> {
         scaled: scale(plan)?,
         overhead,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Figures {
+        Figures {
+            processors: 2,
+            compared: vec![Compared {
+                what: "pages".into(),
+                page_size: 4096,
+                threads: 2,
+                tdp_pages_per_s: 130.0,
+                mutex_pages_per_s: 100.0,
+                ratio: 1.3,
+                wrong_words: 0,
+                double_fills: 0,
+            }],
+            scaled: Scaled {
+                delay_us: 1000,
+                threads: 64,
+                one_pages_per_s: 100.0,
+                many_pages_per_s: 5000.0,
+                mutex_pages_per_s: 100.0,
+                ratio: 50.0,
+                bare_ratio: 64.0,
+                wrong_words: 0,
+                double_fills: 0,
+            },
+            overhead: Overhead {
+                ioctl_ns: 1000.0,
+                library_ns: 30.0,
+                percent: 3.0,
+            },
+        }
+    }
+
+    #[test]
+    fn what_falls_short_is_named() {
+        assert_eq!(good().shortcomings(), [""; 0]);
+        // What the machine does not allow is not asked for, nor the rate of large pages.
+        let mut slow = good();
+        (slow.scaled.ratio, slow.scaled.bare_ratio) = (19.0, 21.0);
+        slow.compared.push(Compared {
+            page_size: 2 << 20,
+            ratio: 0.9,
+            ..slow.compared[0].clone()
+        });
+        assert_eq!(slow.shortcomings(), [""; 0]);
+        slow.compared[1].wrong_words = 1;
+        assert_eq!(slow.shortcomings().len(), 1);
+
+        type Case = (fn(&mut Figures), &'static str);
+        let cases: [Case; 9] = [
+            (|it| it.compared[0].ratio = 1.29, "one mutex"),
+            (|it| it.compared[0].ratio = f64::NAN, "one mutex"),
+            (|it| it.compared[0].wrong_words = 1, "1 wrong words"),
+            (|it| it.compared[0].double_fills = 2, "2 double fills"),
+            (|it| it.scaled.ratio = 49.0, "49.0 times"),
+            (|it| it.scaled.ratio = f64::NAN, "NaN times"),
+            (|it| it.scaled.wrong_words = 3, "3 wrong words"),
+            (|it| it.overhead.percent = 3.1, "3.1 %"),
+            (|it| it.overhead.percent = f64::NAN, "NaN %"),
+        ];
+        for (spoil, text) in cases {
+            let mut bad = good();
+            spoil(&mut bad);
+            let found = bad.shortcomings();
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].contains(text), "{found:?}");
+        }
+    }
 }

@@ -10,14 +10,15 @@
 //! | remap | its slots go and come back elsewhere; what was given up there stays so |
 //! | fork | a session of its own for the child, with the same slots |
 //!
-//! A page whose slot went and came back is absent for the table and present for the kernel. It is asked for again at most
-//! once, and the kernel's `EEXIST` is taken for success.
+//! A page whose slot went and came back is absent for the table and may be present for the kernel, with what the guest has
+//! written since. It is asked for again at most once, by an ioctl that the kernel refuses if the page is there (`table.rs`),
+//! and the kernel's `EEXIST` is taken for success.
 
 use crate::host::{Backing, PageStates, SPACE, frames};
 use crate::protocol::{Extent, Region};
 use crate::sys::{Message, Uffd};
 use crate::table::bytes;
-use tdp::{Gfn, GfnRange, Pfn, Slot, Visibility};
+use tdp::{Gfn, GfnRange, Host, Pfn, Slot, Visibility};
 
 /// A change could not be applied. The table no longer says what the kernel does.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,7 @@ pub(crate) fn apply(
                 .map_err(lost)?;
         }
         Message::Remap { from, to, len } if len > 0 => {
+            states.host().protected().doubt();
             let (old, new) = (frames(from, from + len), frames(to, to + len));
             let mut removed = Vec::new();
             states.visibilities(old, |range, visibility| {
@@ -80,7 +82,10 @@ pub(crate) fn apply(
                 put_in(states, range.into(), backing)?;
             }
         }
-        Message::Fork(uffd) => return Ok(Some((uffd, regions(states)))),
+        Message::Fork(uffd) => {
+            states.host().protected().doubt();
+            return Ok(Some((uffd, regions(states))));
+        }
         _ => {}
     }
     Ok(None)

@@ -11,14 +11,20 @@
 //!
 //! So a worker that was overtaken between its entry and the kernel's page cannot leave a page writable that the log holds for
 //! clean.
+//!
+//! What is given up changes after the kernel has reported it, and nothing says when. So such a page is reported by the next
+//! two collections, the second of which reads it when the first has long been done; and once more if it is filled with zeroes
+//! because somebody asks for it.
 
 use crate::changes::{ChangeError, lost};
 use crate::host::{SPACE, frames};
 use crate::protocol::Region;
-use crate::session::SessionError;
+use crate::session::{SessionError, lock};
 use crate::sys::{Message, Short, Uffd};
 use crate::table::Refusal;
+use std::collections::HashMap;
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use tdp::Level;
 use tdp::protected::Unprotected;
@@ -70,9 +76,42 @@ impl Host for WriteHost {
     }
 }
 
+/// What was given up of a region: a bit for each page, no words where there was nothing.
+#[derive(Default)]
+struct GivenUp {
+    /// Since the last collection.
+    since: Vec<u64>,
+    /// Between the last two.
+    before: Vec<u64>,
+}
+
 /// The log of one VM's writes.
 pub struct WriteLog {
     mmu: Mmu<Ept, WriteHost>,
+    /// For each region, by its first page.
+    given_up: Mutex<HashMap<u64, GivenUp>>,
+}
+
+/// What two ranges have in common.
+fn common(a: GfnRange, b: GfnRange) -> Option<GfnRange> {
+    a.overlaps(b).then(|| GfnRange {
+        start: a.start.max(b.start),
+        end: a.end.min(b.end),
+    })
+}
+
+/// Sets the bits from `from` to `to`.
+fn set(bits: &mut Vec<u64>, from: u64, to: u64) {
+    let words = to.div_ceil(64) as usize;
+    if bits.len() < words {
+        bits.resize(words, 0);
+    }
+    let words = bits.iter_mut().enumerate().take(words);
+    for (index, word) in words.skip((from / 64) as usize) {
+        let first = index as u64 * 64;
+        let (from, to) = (from.max(first) - first, to.min(first + 64) - first);
+        *word |= (u64::MAX >> (64 - (to - from))) << from;
+    }
 }
 
 impl WriteLog {
@@ -102,7 +141,8 @@ impl WriteLog {
                 .insert(Slot::new(range, ()).with_flags(SlotFlags::LOG_DIRTY))
                 .map_err(|error| error.to_string())?;
         }
-        Ok(Self { mmu })
+        let given_up = Mutex::default();
+        Ok(Self { mmu, given_up })
     }
 
     /// From now on nobody reads why the address space changes, so nobody is to wait for that.
@@ -122,13 +162,23 @@ impl WriteLog {
     }
 
     /// Calls `see` with the address of every page that was written since the last time. What is written from now on is
-    /// reported the next time. The pages are to be read after this returns.
+    /// reported the next time. The pages are to be read after this returns. What was given up is reported twice, by this call
+    /// and the next.
     ///
     /// # Errors
     ///
     /// The system's, if it could not protect what was written: then later writes may be missed.
     pub fn collect(&self, mut see: impl FnMut(u64)) -> io::Result<()> {
         let mut written = Vec::new();
+        // Before the marks are taken: so what is given up in between is reported again by a later collection than the one
+        // that finds its mark.
+        let mut before: HashMap<u64, Vec<u64>> = lock(&self.given_up)
+            .iter_mut()
+            .map(|(&region, it)| {
+                let since = std::mem::take(&mut it.since);
+                (region, std::mem::replace(&mut it.before, since))
+            })
+            .collect();
         for slot in self.mmu.slots().list(SPACE) {
             let log = self
                 .mmu
@@ -136,7 +186,12 @@ impl WriteLog {
                 .map_err(io::Error::other)?;
             let mut marks = vec![0u64; log.words()];
             log.collect(&mut marks).map_err(io::Error::other)?.flush();
-            written.push((slot.gfns().start, marks));
+            let start = slot.gfns().start;
+            let again = before.remove(&start.0).unwrap_or_default();
+            for (mark, again) in marks.iter_mut().zip(again) {
+                *mark |= again;
+            }
+            written.push((start, marks));
         }
         match self.mmu.host().failed.load(Ordering::Acquire) {
             0 => {}
@@ -154,29 +209,52 @@ impl WriteLog {
         Ok(())
     }
 
+    /// Marks pages that were written otherwise than by the guest. To be called after.
+    pub(crate) fn mark(&self, range: GfnRange) -> Result<(), ChangeError> {
+        for slot in self.mmu.slots().list(SPACE) {
+            if let Some(part) = common(slot.gfns(), range) {
+                let log = self.mmu.dirty_log(SPACE, slot.id()).map_err(lost)?;
+                log.mark(part.start.0 - slot.gfns().start.0, part.pages());
+            }
+        }
+        Ok(())
+    }
+
     /// Marks what a change of the address space writes.
     pub(crate) fn note(&self, change: &Message) -> Result<(), ChangeError> {
         match change {
             Message::Remove { start, end } if start < end => {
                 let range = frames(*start, *end);
+                self.mark(range)?;
                 for slot in self.mmu.slots().list(SPACE) {
-                    let gfns = slot.gfns();
-                    let part = GfnRange {
-                        start: gfns.start.max(range.start),
-                        end: gfns.end.min(range.end),
-                    };
-                    if part.start < part.end {
-                        let log = self.mmu.dirty_log(SPACE, slot.id()).map_err(lost)?;
-                        log.mark(part.start.0 - gfns.start.0, part.pages());
+                    let first = slot.gfns().start.0;
+                    if let Some(part) = common(slot.gfns(), range) {
+                        let mut given_up = lock(&self.given_up);
+                        let since = &mut given_up.entry(first).or_default().since;
+                        set(since, part.start.0 - first, part.end.0 - first);
                     }
                 }
                 Ok(())
             }
-            Message::Remap { .. } | Message::Unmap { .. } => Err(lost(
-                "regions whose writes are tracked have to stay where they are",
-            )),
+            Message::Remap { from, to, len } => {
+                let ends = [*from, *to].map(|start| frames(start, start.saturating_add(*len)));
+                self.stays(&ends)
+            }
+            Message::Unmap { start, end } if start < end => self.stays(&[frames(*start, *end)]),
             _ => Ok(()),
         }
+    }
+
+    /// Sees to it that none of these is tracked, because the memory there goes or others comes.
+    fn stays(&self, ranges: &[GfnRange]) -> Result<(), ChangeError> {
+        let slots = self.mmu.slots().list(SPACE);
+        let touched = |range: &GfnRange| slots.iter().any(|slot| slot.gfns().overlaps(*range));
+        if ranges.iter().any(touched) {
+            return Err(lost(
+                "regions whose writes are tracked have to stay where they are",
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -267,5 +345,94 @@ mod tests {
             assert_eq!(noticed, 1, "a write to a clean page went unseen");
         });
         assert_eq!(vmm.memory().load(0), 8);
+    }
+    fn tracked(shape: Shape) -> (Vmm, WriteLog) {
+        let vmm = Vmm::new(Shape {
+            track_writes: true,
+            ..shape
+        })
+        .expect("a VMM");
+        let hello = vmm.hello().expect("a hello");
+        let log = WriteLog::new(hello.uffd, &hello.regions).expect("a log");
+        (vmm, log)
+    }
+
+    #[test]
+    fn only_what_is_tracked_has_to_stay_where_it_is() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED only_what_is_tracked_has_to_stay_where_it_is: {why}");
+            return;
+        }
+        let shape = Shape {
+            features: features::WP,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        };
+        let (vmm, log) = tracked(shape);
+        let start = vmm.memory().address();
+        let end = start + shape.len;
+        let (away, len) = (end + (1 << 30), 4096);
+        let unmap = |start, end| Message::Unmap { start, end };
+        let remap = |from, to, len| Message::Remap { from, to, len };
+        for change in [
+            unmap(end, end + len),
+            unmap(start - len, start),
+            remap(end, away, len),
+            remap(away, start - len, len),
+        ] {
+            log.note(&change).expect("nothing tracked is touched");
+        }
+        for change in [
+            unmap(end - len, end),
+            unmap(start - len, start + len),
+            remap(start, away, len),
+            remap(away, end - len, len),
+            remap(away, start - len, 2 * len),
+        ] {
+            assert!(log.note(&change).is_err(), "{change:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_given_up_is_reported_by_two_collections() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED what_was_given_up_is_reported_by_two_collections: {why}");
+            return;
+        }
+        let shape = Shape {
+            features: features::WP,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        };
+        let (vmm, log) = tracked(shape);
+        let base = vmm.memory().address();
+        let pages = shape.len / 4096;
+        let collect = || {
+            let mut seen = Vec::new();
+            log.collect(|address| seen.push((address - base) / 4096))
+                .expect("a collection");
+            seen
+        };
+        // Across words of the bitmap, and across regions, of which there are two.
+        for (from, to) in [(0, 1), (3, 3 + 64), (63, 65), (pages / 2 - 1, pages)] {
+            let (start, end) = (base + from * 4096, base + to * 4096);
+            let removed = Message::Remove { start, end };
+            log.note(&removed).expect("a note");
+            let all: Vec<u64> = (from..to).collect();
+            assert_eq!(collect(), all);
+            // The kernel may have taken them only now.
+            assert_eq!(collect(), all);
+            assert_eq!(collect(), [0; 0]);
+        }
+        // Two that overlap in time.
+        let remove = |page: u64| {
+            let start = base + page * 4096;
+            let end = start + 4096;
+            log.note(&Message::Remove { start, end }).expect("a note");
+        };
+        remove(1);
+        assert_eq!(collect(), [1]);
+        remove(2);
+        assert_eq!(collect(), [1, 2]);
+        assert_eq!(collect(), [2]);
+        assert_eq!(collect(), [0; 0]);
     }
 }

@@ -4,8 +4,8 @@
 //! as `SCM_RIGHTS`. Nothing more follows; the connection stays open for as long as the VM lives. What differs here from
 //! Firecracker is optional:
 //!
-//! * a second descriptor is the file that all of guest memory is mapped from: pages are then written into it and mapped by
-//!   `UFFDIO_CONTINUE`;
+//! * a second descriptor is the file that all of guest memory is mapped from: pages that the kernel reports as missing are
+//!   then written into it, and those that are in it are mapped, by `UFFDIO_CONTINUE`;
 //! * `removed`: ranges of a region that were given up before this handler was started, because another handler died;
 //! * `track_writes`: the region is registered for write-protect faults as well.
 //!
@@ -25,6 +25,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 const DESCRIPTORS: usize = 2;
 /// Longest message.
 const LONGEST: usize = 1 << 20;
+/// Most regions of a guest. Some of what is done for a page goes through all of them.
+const REGIONS: usize = 1024;
 /// How long a VMM may take to send all of it.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// First address that no user memory has.
@@ -119,6 +121,9 @@ pub enum ProtocolError {
     /// A guest without memory.
     #[error("the list of regions is empty")]
     NoRegions,
+    /// A guest of shreds.
+    #[error("there are {0} regions: {REGIONS} are served at most")]
+    TooManyRegions(usize),
     /// A region makes no sense.
     #[error("region {index} at {base:#x}: {reason}")]
     Region {
@@ -150,6 +155,9 @@ pub struct Hello {
 pub fn check(mut regions: Vec<Region>, snapshot: u64) -> Result<Vec<Region>, ProtocolError> {
     if regions.is_empty() {
         return Err(ProtocolError::NoRegions);
+    }
+    if regions.len() > REGIONS {
+        return Err(ProtocolError::TooManyRegions(regions.len()));
     }
     for (index, region) in regions.iter_mut().enumerate() {
         if region.page_size == 0 {
@@ -233,7 +241,9 @@ fn receive_within(
     patience: Duration,
 ) -> Result<Hello, ProtocolError> {
     let begun = Instant::now();
-    let mut text = Vec::new();
+    let mut text: Vec<u8> = Vec::new();
+    // Bytes of it that have been looked at.
+    let mut tried = 0;
     let mut descriptors: Vec<OwnedFd> = Vec::new();
     let regions: Vec<Region> = loop {
         // Of the whole message: who sends a byte now and then has no more time than who sends nothing.
@@ -264,12 +274,20 @@ fn receive_within(
             return Err(ProtocolError::Descriptors(descriptors.len()));
         }
         if bytes == 0 {
-            return Err(ProtocolError::Incomplete(text.len()));
+            return Err(match serde_json::from_slice::<Vec<Region>>(&text) {
+                Err(error) if !error.is_eof() => ProtocolError::Json(error),
+                _ => ProtocolError::Incomplete(text.len()),
+            });
         }
         text.extend_from_slice(part.get(..bytes).unwrap_or_default());
         if text.len() > LONGEST {
             return Err(ProtocolError::TooLong);
         }
+        // A long one is not to be looked at from the start with each part.
+        if !text.trim_ascii_end().ends_with(b"]") && text.len() < 2 * tried {
+            continue;
+        }
+        tried = text.len();
         match serde_json::from_slice(&text) {
             Ok(regions) => break regions,
             Err(error) if error.is_eof() => {}

@@ -1,7 +1,7 @@
 //! One VM's handler: workers that share a table, and what runs beside them.
 //!
-//! Protocol. Each worker looks a few times for a message, waits for one by a poll of its own that wakes one of them only, reads
-//! one message at a time and resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
+//! Protocol. Each worker looks a few times for a message; then one waits for all of them (`worker.rs`). Who reads a message
+//! resolves it. Where the VMM reports changes, reading is one thread's at a time and may find some (`changes.rs`). A copy
 //! that a change sends back is tried again after what there is to read has been read and applied. A fault that was read and
 //! not resolved when a handler died sleeps until it is woken: so whoever begins wakes all.
 //!
@@ -26,10 +26,14 @@ use tdp::{FaultError, MmuError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Children of a VMM that are served at a time.
+/// Children of a VMM, and theirs, that are served at a time.
 const CHILDREN: usize = 64;
+/// The same with those whose process has ended, or whose session has, and who still have threads or descriptors.
+const ENDING: usize = 4 * CHILDREN;
 /// Messages read at a time when all are wanted.
 const ROUND: usize = 16;
+/// What a poll says of the userfaultfd. The others are looked at by whoever is woken.
+const MESSAGES: u64 = 1;
 
 /// A session could not begin, or ended in the middle.
 #[derive(Debug, thiserror::Error)]
@@ -66,12 +70,15 @@ pub enum SessionError {
     /// A thread waits for what nobody can fill, and would for ever.
     #[error("the fault at {0:#x} comes again and again: nothing is known of that address")]
     Stray(u64),
-    /// The VMM has forked more often than one that is served has reason to.
+    /// The VMM and its children have forked more often than who is served has reason to.
     #[error("more than {CHILDREN} children of the VMM are alive")]
     Children,
     /// A thread of the session panicked.
     #[error("a thread of the handler panicked")]
     Panicked,
+    /// The descriptor that messages come by has come to block, or has never been made ready.
+    #[error("the userfaultfd cannot be waited for: it blocks, or it was never initialised")]
+    Blocks,
     /// The kernel sent something that was not asked for.
     #[error("a message of unknown kind {0:#x}")]
     Message(u8),
@@ -139,7 +146,7 @@ pub struct Report {
     pub sent_back: u64,
     /// Changes of the address space that were applied.
     pub changes: u64,
-    /// Children that were served.
+    /// Children that were served, and theirs.
     pub forks: u64,
     /// Snapshot offsets of the pages that were asked for, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -172,10 +179,22 @@ pub(crate) struct Shared {
     more: EventFd,
     stopping: AtomicBool,
     failed: Mutex<Option<SessionError>>,
-    children: Mutex<Vec<Session>>,
-    /// Children that have ended, and what their faults were.
-    ended: Mutex<(u64, Served)>,
+    family: Arc<Mutex<Family>>,
     changes: std::sync::atomic::AtomicU64,
+}
+
+/// A VMM's children, theirs, and so on: one list of all, so that it is bounded however they descend from each other. It is
+/// the first session's to end.
+#[derive(Default)]
+struct Family {
+    /// Nobody else is served.
+    over: bool,
+    /// Those that are about to be served.
+    expected: usize,
+    children: Vec<Session>,
+    /// Those that have ended, and what their faults were.
+    ended: u64,
+    served: Served,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -191,6 +210,19 @@ pub struct Session {
     pub(crate) shared: Arc<Shared>,
     workers: Vec<JoinHandle<Served>>,
     helpers: Vec<JoinHandle<(u64, u64)>>,
+    /// Whether it is a child's.
+    child: bool,
+}
+
+/// Starts a thread of a session, if the system lets us. Its panic ends the session.
+fn spawn<R: Send + 'static>(
+    shared: &Arc<Shared>,
+    run: impl FnOnce(&Arc<Shared>) -> R + Send + 'static,
+) -> Result<JoinHandle<R>, SessionError> {
+    let alarm = Alarm(shared.clone());
+    thread::Builder::new()
+        .spawn(move || run(&alarm.0))
+        .map_err(system("a thread"))
 }
 
 impl Session {
@@ -204,6 +236,17 @@ impl Session {
         source: Arc<dyn Source>,
         config: Config,
     ) -> Result<Self, SessionError> {
+        Self::start_in(None, hello, source, config)
+    }
+
+    /// The same of a child that is to be in a family.
+    fn start_in(
+        family: Option<Arc<Mutex<Family>>>,
+        hello: Hello,
+        source: Arc<dyn Source>,
+        config: Config,
+    ) -> Result<Self, SessionError> {
+        let child = family.is_some();
         let Hello {
             regions,
             uffd,
@@ -237,9 +280,14 @@ impl Session {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(system("an event"));
         let (stop, more) = (event()?, event()?);
         let epoll = Epoll::new().map_err(system("a poll"))?;
-        for fd in [uffd.as_raw_fd(), stop.as_raw_fd(), more.as_raw_fd()] {
+        for (fd, what) in [
+            (uffd.as_raw_fd(), MESSAGES),
+            (stop.as_raw_fd(), 0),
+            (more.as_raw_fd(), 0),
+        ] {
+            let event = EpollEvent::new(EventSet::IN, what);
             epoll
-                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+                .ctl(ControlOperation::Add, fd, event)
                 .map_err(system("a poll"))?;
         }
         let shared = Arc::new(Shared {
@@ -255,8 +303,7 @@ impl Session {
             more,
             stopping: AtomicBool::new(false),
             failed: Mutex::default(),
-            children: Mutex::default(),
-            ended: Mutex::default(),
+            family: family.unwrap_or_default(),
             changes: 0.into(),
             config,
         });
@@ -264,24 +311,19 @@ impl Session {
             shared: shared.clone(),
             workers: Vec::new(),
             helpers: Vec::new(),
+            child,
         };
         // Dropped, on failure, it stops those that run.
         for _ in 0..shared.config.workers.max(1) {
             let mut worker = Worker::new(&shared)?;
-            let alarm = Alarm(shared.clone());
-            let run = move || {
-                let _alarm = alarm;
-                worker.run()
-            };
-            session.workers.push(thread::spawn(run));
+            session.workers.push(spawn(&shared, move |_| worker.run())?);
         }
         if let Table::Tdp(states) = &shared.table
             && (shared.config.background || !shared.config.prefetch.is_empty())
         {
             let vcpu = states.vcpu()?;
-            let alarm = Alarm(shared.clone());
-            let helper = move || crate::background::run(&alarm.0, vcpu);
-            session.helpers.push(thread::spawn(helper));
+            let helper = move |shared: &Arc<_>| crate::background::run(shared, vcpu);
+            session.helpers.push(spawn(&shared, helper)?);
         }
         Ok(session)
     }
@@ -327,6 +369,12 @@ impl Session {
         self.shared.stop();
     }
 
+    /// Whether it is over and all of its threads have ended, so that ending it waits for nobody.
+    fn has_ended(&self) -> bool {
+        self.workers.iter().all(JoinHandle::is_finished)
+            && self.helpers.iter().all(JoinHandle::is_finished)
+    }
+
     /// Ends it and says what came of it.
     ///
     /// # Errors
@@ -359,15 +407,27 @@ impl Session {
         if let Some(record) = &self.shared.record {
             report.recorded = std::mem::take(&mut *lock(record));
         }
-        let children = std::mem::take(&mut *lock(&self.shared.children));
-        for child in children {
-            report.forks += 1;
-            report.served.add(&child.stop()?.served);
+        let mut failed = lock(&self.shared.failed).take();
+        if !self.child {
+            let children = {
+                let mut family = lock(&self.shared.family);
+                family.over = true;
+                report.forks += family.ended;
+                report.served.add(&family.served);
+                std::mem::take(&mut family.children)
+            };
+            for child in &children {
+                child.finish();
+            }
+            for child in children {
+                report.forks += 1;
+                match child.stop() {
+                    Ok(child) => report.served.add(&child.served),
+                    Err(error) => failed = failed.or(Some(error)),
+                }
+            }
         }
-        let (forks, served) = *lock(&self.shared.ended);
-        report.forks += forks;
-        report.served.add(&served);
-        match lock(&self.shared.failed).take() {
+        match failed {
             Some(error) => Err(error),
             None => Ok(report),
         }
@@ -484,18 +544,29 @@ impl Shared {
 
     /// Whether there may be a message, after so many milliseconds at most; -1 for no limit.
     pub(crate) fn poll(&self, timeout: i32) -> Result<bool, SessionError> {
-        match self.epoll.wait(timeout, &mut [EpollEvent::default()]) {
-            Ok(events) => Ok(events > 0),
+        let mut events = [EpollEvent::default(); 3];
+        match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => {
+                let broken = |event: &EpollEvent| {
+                    event.data() == MESSAGES && event.event_set().contains(EventSet::ERROR)
+                };
+                // The kernel says so of a userfaultfd that blocks, at once and for ever.
+                if events.iter().take(count).any(broken) {
+                    return Err(SessionError::Blocks);
+                }
+                Ok(count > 0)
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(system("a poll")(error)),
         }
     }
 
-    /// Reads all there is: changes are applied, faults put aside.
+    /// Reads all there is, unless the session is ending: changes are applied, faults put aside.
     pub(crate) fn drain(&self) -> Result<(), SessionError> {
         if let Some((states, gate)) = self.gate() {
             let mut ahead = lock(&self.reading);
-            while self.read_and_apply(states, gate, &mut ahead, ROUND)? {}
+            // A VMM that changes its memory all the time would keep whoever is here.
+            while !self.is_stopping() && self.read_and_apply(states, gate, &mut ahead, ROUND)? {}
             if !ahead.is_empty() {
                 let _ = self.more.write(1);
             }
@@ -536,7 +607,6 @@ impl Shared {
                 writes.note(&message)?;
             }
             if let Some((uffd, regions)) = changes::apply(states, message)? {
-                tdp::Host::protected(states.host()).share();
                 self.adopt(uffd, regions)?;
             }
             self.changes.fetch_add(1, Ordering::Relaxed);
@@ -547,6 +617,8 @@ impl Shared {
 
     /// Serves a child of the VMM.
     fn adopt(&self, uffd: Uffd, regions: Vec<Region>) -> Result<(), SessionError> {
+        // It blocks if its parent's was made to.
+        uffd.unblock().map_err(system("a child's descriptor"))?;
         let hello = Hello {
             regions,
             uffd,
@@ -558,19 +630,96 @@ impl Shared {
             background: false,
             ..self.config.clone()
         };
-        let mut children = lock(&self.children);
-        // Those that have ended have nobody else who would notice, or be concerned by how.
-        for child in children.extract_if(.., |child| child.shared.uffd.is_orphaned()) {
-            let mut ended = lock(&self.ended);
-            ended.0 += 1;
+        if !lock(&self.family).expect_another()? {
+            return Ok(());
+        }
+        // Without the family's lock, which the child's own threads may wait for: they are waited for if it cannot start.
+        let relatives = Some(self.family.clone());
+        let child = Session::start_in(relatives, hello, self.source.clone(), config);
+        let mut family = lock(&self.family);
+        family.expected -= 1;
+        let child = child?;
+        if !family.over {
+            family.children.push(child);
+        }
+        Ok(())
+    }
+}
+
+impl Family {
+    /// Makes room for a child that is about to be served. `false` if nobody is to be any more.
+    fn expect_another(&mut self) -> Result<bool, SessionError> {
+        if self.over {
+            return Ok(false);
+        }
+        // Those whose process has ended have nobody else who would notice, or be concerned by how. No thread is waited for:
+        // it may be one that waits for the family, or this one.
+        let has_ended = |child: &mut Session| {
+            let orphaned = child.shared.uffd.is_orphaned();
+            if orphaned {
+                child.finish();
+            }
+            orphaned && child.has_ended()
+        };
+        for child in self.children.extract_if(.., has_ended) {
+            self.ended += 1;
             if let Ok(report) = child.stop() {
-                ended.1.add(&report.served);
+                self.served.add(&report.served);
             }
         }
-        if children.len() == CHILDREN {
+        let alive = self.children.iter().filter(|child| !child.is_over());
+        if alive.count() + self.expected >= CHILDREN || self.children.len() >= ENDING {
             return Err(SessionError::Children);
         }
-        children.push(Session::start(hello, self.source.clone(), config)?);
-        Ok(())
+        self.expected += 1;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Kind;
+    use crate::source::Snapshot;
+    use crate::sys::features;
+    use crate::vmm::{Shape, Vmm, snapshot};
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_ending_reads_no_more_messages() {
+        if let Some(why) = crate::sys::unavailable() {
+            eprintln!("SKIPPED what_is_ending_reads_no_more_messages: {why}");
+            return;
+        }
+        let shape = Shape {
+            features: features::REMOVE,
+            ..Shape::new(Kind::Anonymous, 1 << 20)
+        };
+        let vmm = Vmm::new(shape).expect("a VMM");
+        let source = Arc::new(Snapshot::of(snapshot(shape.len).expect("a snapshot")));
+        let hello = vmm.hello().expect("a hello");
+        let session = Session::start(hello, source, Config::default()).expect("a session");
+        session.finish();
+        while !session.has_ended() {
+            thread::yield_now();
+        }
+        thread::scope(|scope| {
+            // Returns once the report of it has been read.
+            let removal = scope.spawn(|| vmm.memory().give_up(0, 4096));
+            let reported = || {
+                let mut events = [EpollEvent::default(); 3];
+                let count = session.shared.epoll.wait(0, &mut events).expect("a poll");
+                events.iter().take(count).any(|it| it.data() == MESSAGES)
+            };
+            while !reported() {
+                thread::yield_now();
+            }
+            session.shared.drain().expect("no error");
+            thread::sleep(Duration::from_millis(50));
+            let read = removal.is_finished();
+            session.shared.read().expect("a message");
+            removal.join().expect("a thread").expect("a removal");
+            assert!(!read, "the report of a removal was read");
+        });
     }
 }

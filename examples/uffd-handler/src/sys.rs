@@ -12,6 +12,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Features asked for at creation.
 pub mod features {
@@ -141,8 +142,10 @@ impl Raw {
                 protected: a & FAULT_WP != 0,
                 minor: a & FAULT_MINOR != 0,
             },
-            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
-            0x13 => Message::Fork(Uffd(unsafe { OwnedFd::from_raw_fd(a as u32 as RawFd) })),
+            0x13 => {
+                // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
+                Message::Fork(Uffd::of(unsafe { OwnedFd::from_raw_fd(a as u32 as RawFd) }))
+            }
             0x14 => Message::Remap {
                 from: a,
                 to: b,
@@ -156,16 +159,29 @@ impl Raw {
 }
 
 /// A userfaultfd.
+///
+/// Its open file description is shared with whoever handed it over, who may change its flags at any time: so a read says
+/// itself that it is not to wait.
 #[derive(Debug)]
-pub struct Uffd(OwnedFd);
+pub struct Uffd {
+    fd: OwnedFd,
+    /// Reads cannot say so: the kernel is older than 6.10, or the descriptor is one that it made for a child, which nobody
+    /// shares.
+    plain: AtomicBool,
+}
 
 impl AsRawFd for Uffd {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
     }
 }
 
 impl Uffd {
+    fn of(fd: OwnedFd) -> Self {
+        let plain = AtomicBool::new(false);
+        Self { fd, plain }
+    }
+
     /// Makes one for this process. It does not block.
     ///
     /// # Errors
@@ -173,14 +189,26 @@ impl Uffd {
     /// The system's: `EPERM` where it may not be used, `ENOSYS` where it does not exist, `EINVAL` for a feature that this
     /// kernel does not have.
     pub fn new(features: u64) -> io::Result<Self> {
+        Self::make(features, libc::O_NONBLOCK)
+    }
+
+    /// Makes one that blocks, as do those that the kernel makes for its owner's children.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Uffd::new).
+    pub fn blocking(features: u64) -> io::Result<Self> {
+        Self::make(features, 0)
+    }
+
+    fn make(features: u64, flags: i32) -> io::Result<Self> {
         // SAFETY: no memory is passed.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | flags) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a descriptor that was just made and is nobody else's.
-        let uffd = Self(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+        let uffd = Self::of(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         uffd.ioctl(API, &mut [0xAA, features, 0])?;
         Ok(uffd)
     }
@@ -196,14 +224,28 @@ impl Uffd {
             let text = format!("a descriptor of {} is no userfaultfd", link.display());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
+        let uffd = Self::of(fd);
+        uffd.unblock()?;
+        Ok(uffd)
+    }
+
+    /// Makes it one that does not block. One that does cannot be waited for.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub(crate) fn unblock(&self) -> io::Result<()> {
         // SAFETY: a descriptor that we own.
-        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        // SAFETY: as above.
-        let set = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
-        if flags < 0 || set < 0 {
+        let flags = unsafe { libc::fcntl(self.as_raw_fd(), libc::F_GETFL) };
+        if flags < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self(fd))
+        // SAFETY: as above.
+        let set = unsafe { libc::fcntl(self.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// Another descriptor of the same userfaultfd.
@@ -212,7 +254,7 @@ impl Uffd {
     ///
     /// The system's.
     pub fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
+        self.fd.try_clone().map(Self::of)
     }
 
     /// The features that it was made with, by what the kernel tells of the descriptor.
@@ -342,17 +384,51 @@ impl Uffd {
     ///
     /// The system's.
     pub fn read(&self, out: &mut [Raw]) -> io::Result<usize> {
-        // SAFETY: the kernel writes at most so many bytes, and any bytes make a `Raw`.
-        let read =
-            unsafe { libc::read(self.as_raw_fd(), out.as_mut_ptr().cast(), size_of_val(out)) };
+        let read = if self.plain.load(Ordering::Relaxed) {
+            self.read_plainly(out)?
+        } else {
+            let len = size_of_val(out);
+            let room = libc::iovec {
+                iov_base: out.as_mut_ptr().cast(),
+                iov_len: len,
+            };
+            let fd = self.as_raw_fd();
+            // SAFETY: the kernel writes at most so many bytes, and any bytes make a `Raw`.
+            unsafe { libc::preadv2(fd, &raw const room, 1, -1, libc::RWF_NOWAIT) }
+        };
         if read >= 0 {
             return Ok(read as usize / size_of::<Raw>());
         }
         let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(0),
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EINTR) => Ok(0),
+            Some(libc::EOPNOTSUPP | libc::ENOSYS) if !self.plain.load(Ordering::Relaxed) => {
+                self.plain.store(true, Ordering::Relaxed);
+                self.read(out)
+            }
             _ => Err(error),
         }
+    }
+
+    /// The same where a read cannot say that it is not to wait: looks first. Whoever shares the descriptor and makes it block
+    /// in between has it wait for the next message.
+    #[cold]
+    fn read_plainly(&self, out: &mut [Raw]) -> io::Result<isize> {
+        let mut poll = libc::pollfd {
+            fd: self.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: the kernel writes `poll`.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        if ready <= 0 {
+            return Ok(0);
+        }
+        if poll.revents & libc::POLLERR != 0 {
+            return Err(io::Error::other("it blocks"));
+        }
+        // SAFETY: the kernel writes at most so many bytes, and any bytes make a `Raw`.
+        Ok(unsafe { libc::read(self.as_raw_fd(), out.as_mut_ptr().cast(), size_of_val(out)) })
     }
 }
 
@@ -383,30 +459,55 @@ pub(crate) fn write_at(file: &fs::File, source: u64, len: u64, offset: u64) -> R
     Ok(())
 }
 
+/// What the system says of a connection. `T` is one of the types that it writes for the option `name`.
+fn option<T: Copy>(
+    stream: &std::os::unix::net::UnixStream,
+    name: i32,
+    mut told: T,
+) -> io::Result<T> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    let room = (&raw mut told).cast();
+    let fd = stream.as_raw_fd();
+    // SAFETY: the kernel writes at most `len` bytes, those of `told`: plain numbers, of which any are valid.
+    let done = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, room, &raw mut len) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(told)
+}
+
 /// Ends the process at the other end of a connection, whose threads would wait for their pages for ever. Returns its number.
+///
+/// The number alone may be another process's by now, so it is used only where the kernel, older than 6.5, has nothing better.
 ///
 /// # Errors
 ///
 /// The system's; `NotFound` if it cannot be told who that is.
 pub fn end_peer(stream: &std::os::unix::net::UnixStream) -> io::Result<i32> {
-    let mut peer = libc::ucred {
+    let nobody = libc::ucred {
         pid: 0,
         uid: 0,
         gid: 0,
     };
-    let mut len = size_of_val(&peer) as libc::socklen_t;
-    let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
-    let room = (&raw mut peer).cast();
-    // SAFETY: the kernel writes at most `len` bytes, those of `peer`.
-    let told = unsafe { libc::getsockopt(stream.as_raw_fd(), level, name, room, &raw mut len) };
-    if told < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let peer = option(stream, libc::SO_PEERCRED, nobody)?;
     if peer.pid <= 1 || peer.pid == std::process::id() as i32 {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     }
-    // SAFETY: no memory is passed.
-    if unsafe { libc::kill(peer.pid, libc::SIGKILL) } < 0 {
+    let done = match option(stream, libc::SO_PEERPIDFD, -1 as RawFd) {
+        Ok(process) => {
+            // SAFETY: a descriptor that the kernel has just made for us.
+            let process = unsafe { OwnedFd::from_raw_fd(process) };
+            let (fd, none) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+            // SAFETY: no memory is passed.
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, none, 0) }
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            // SAFETY: no memory is passed.
+            unsafe { libc::kill(peer.pid, libc::SIGKILL).into() }
+        }
+        Err(error) => return Err(error),
+    };
+    if done < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(peer.pid)
@@ -450,4 +551,38 @@ pub fn send_from(stream: &std::os::unix::net::UnixStream, source: u64, len: u64)
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_read_does_not_wait_whatever_the_flags_of_the_descriptor_are() {
+        let uffd = match Uffd::blocking(0) {
+            Ok(uffd) => uffd,
+            Err(why) => {
+                eprintln!("SKIPPED a_read_does_not_wait_whatever_the_flags: {why}");
+                return;
+            }
+        };
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            let mut room = [Raw::default()];
+            let _ = sender.send(uffd.read(&mut room).ok());
+            // Where a read cannot say that it is not to wait.
+            uffd.plain.store(true, Ordering::Relaxed);
+            let _ = sender.send(uffd.read(&mut room).ok());
+            uffd.unblock().expect("other flags");
+            let _ = sender.send(uffd.read(&mut room).ok());
+        });
+        let next = || receiver.recv_timeout(Duration::from_secs(20));
+        // A kernel that cannot be told refuses; none waits.
+        assert!(matches!(next(), Ok(Some(0) | None)));
+        assert_eq!(next(), Ok(None));
+        assert_eq!(next(), Ok(Some(0)));
+    }
 }

@@ -56,17 +56,27 @@ impl From<Short> for Refusal {
     }
 }
 
+/// What the kernel has said of the page that is about to be filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Nothing: nobody waits for it, and whatever the table says it may be there.
+    Nothing,
+    /// It is absent, and absent from the file of guest memory.
+    Missing,
+    /// It is in the file of guest memory, and not mapped.
+    Cached,
+}
+
 thread_local! {
-    /// Whether the page that this thread is about to fill is in the file of guest memory already.
-    static CACHED: Cell<bool> = const { Cell::new(false) };
+    static KNOWN: Cell<Known> = const { Cell::new(Known::Nothing) };
     static REFUSAL: Cell<Option<Refusal>> = const { Cell::new(None) };
 }
 
-/// Runs `fault`, which resolves a fault on a page that is in the file of guest memory already, or is not.
-pub(crate) fn knowing<R>(cached: bool, fault: impl FnOnce() -> R) -> R {
-    CACHED.set(cached);
+/// Runs `fault`, which resolves a fault on a page of which the kernel has said so much.
+pub(crate) fn knowing<R>(known: Known, fault: impl FnOnce() -> R) -> R {
+    KNOWN.set(known);
     let result = fault();
-    CACHED.set(false);
+    KNOWN.set(Known::Nothing);
     result
 }
 
@@ -130,8 +140,8 @@ pub struct KernelTable {
     source: Arc<dyn Source>,
     /// Guest memory's file, if pages are to be put there and mapped.
     memory: Option<File>,
-    /// Whether a child shares that file and may put pages there as well.
-    shared: AtomicBool,
+    /// Whether what the kernel said of a page may be out of date by the time it is filled.
+    doubtful: AtomicBool,
     /// Addresses whose pages come write-protected. Such regions stay where they are.
     protected: Vec<Range<u64>>,
     /// Nothing is copied: for measuring what is left then.
@@ -157,7 +167,7 @@ impl KernelTable {
             counters: Counters::default(),
             source,
             memory: memory.map(File::from),
-            shared: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
             protected,
             idle: false,
         })
@@ -201,10 +211,13 @@ impl KernelTable {
         }
     }
 
-    /// The VMM has forked. Guest memory that is a file is the child's too, so pages that are put there must not be put over
-    /// what the child has put there before: from now on they come by a copy, which the kernel refuses then.
-    pub(crate) fn share(&self) {
-        self.shared.store(true, Ordering::Release);
+    /// The VMM has forked, moved memory, or given up pages without a report. Guest memory that is a file is the child's too,
+    /// which puts pages there; where a page was missing when its fault was read, another may have been moved to; and one that
+    /// the table forgets may come back before all who were told that it is missing have acted. So from now on no page is
+    /// written to the file: it comes by a copy, which the kernel refuses if one is there. To be called before the table
+    /// changes.
+    pub(crate) fn doubt(&self) {
+        self.doubtful.store(true, Ordering::Release);
     }
 
     /// Takes for done what is there already.
@@ -231,22 +244,25 @@ impl KernelTable {
     }
 
     /// One ioctl.
+    ///
+    /// A page is written to the file of guest memory only if the kernel has said that it is not there. That the table says
+    /// so proves nothing: an earlier handler, or the VMM, may have put it there, and the guest may have changed it since.
     #[inline]
-    fn put(&self, to: u64, offset: u64, source: u64, len: u64) -> Result<(), Short> {
+    fn put(&self, known: Known, to: u64, offset: u64, source: u64, len: u64) -> Result<(), Short> {
         if self.idle {
             return Ok(());
         }
         let Some(memory) = &self.memory else {
             return self.uffd.copy(to, source, len, self.protects(to));
         };
-        if CACHED.get() {
+        if known == Known::Cached {
             match self.uffd.map_cached(to, len, self.protects(to)) {
                 // It has gone meanwhile.
                 Err(short) if short.errno == libc::EFAULT => {}
                 done => return done,
             }
         }
-        if self.shared.load(Ordering::Acquire) {
+        if known != Known::Missing || self.doubtful.load(Ordering::Acquire) {
             return self.uffd.copy(to, source, len, self.protects(to));
         }
         crate::sys::write_at(memory, source, len, offset)
@@ -256,11 +272,19 @@ impl KernelTable {
 
     /// Asks the source and fills `len` bytes at `to`. What was filled before it fell short counts from the start.
     #[inline]
-    fn fill(&self, to: u64, page: Pfn, len: u64) -> Result<Result<(), Short>, Refusal> {
+    fn fill(
+        &self,
+        known: Known,
+        to: u64,
+        page: Pfn,
+        len: u64,
+    ) -> Result<Result<(), Short>, Refusal> {
         let mut done = Ok(Ok(()));
         let offset = page.address().0;
         let asked = self.source.with(offset, len, &mut |source| {
-            done = self.pass().map(|_guard| self.put(to, offset, source, len));
+            done = self
+                .pass()
+                .map(|_guard| self.put(known, to, offset, source, len));
         });
         match asked {
             Ok(()) => done,
@@ -300,7 +324,7 @@ impl ProtectedTable for KernelTable {
         let place = entry.place();
         let to = place.gfn.address().0;
         let len = bytes(place.level);
-        self.fill(to, page, len)
+        self.fill(KNOWN.get(), to, page, len)
             .and_then(|done| self.settle(to, len, done))
             .map_err(|refusal| self.refuse(refusal))
     }
@@ -318,7 +342,7 @@ impl ProtectedTable for KernelTable {
         let page = bytes(entry.place().level);
         let count = entries.len().min(RUN);
         let done = self
-            .fill(to, first, page * count as u64)
+            .fill(Known::Nothing, to, first, page * count as u64)
             .map_err(|refusal| self.refuse(refusal))?;
         let filled = match done {
             Ok(()) => count,

@@ -22,6 +22,8 @@ pub struct Shape {
     pub track_writes: bool,
     /// Whether pages are to be put into its file and mapped.
     pub by_file: bool,
+    /// Whether its userfaultfd is one that blocks.
+    pub blocking: bool,
 }
 
 impl Shape {
@@ -33,6 +35,7 @@ impl Shape {
             features: 0,
             track_writes: false,
             by_file: false,
+            blocking: false,
         }
     }
 }
@@ -55,7 +58,10 @@ impl Vmm {
     /// The system's.
     pub fn new(shape: Shape) -> io::Result<Self> {
         let memory = Memory::new(shape.kind, shape.len)?;
-        let uffd = Uffd::new(shape.features)?;
+        let uffd = match shape.blocking {
+            true => Uffd::blocking(shape.features)?,
+            false => Uffd::new(shape.features)?,
+        };
         let mut how = mode::MISSING;
         if shape.track_writes {
             how |= mode::WP;

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | filled it | nothing: the copy has woken who waited |
 //! | had it already | wakes who asks, who may have asked before it came; maps it, if it is in the file and not mapped |
+//! | had it already, again and again | fills it from the source anew: it was given up, and nobody has said so |
 //! | given up | zeroes, unless something is in the file |
 //! | no region | wakes: the thread will see for itself; if it comes again and again, the session ends |
 //! | sent back by a change | reads and applies changes, then tries again |
@@ -14,14 +15,17 @@
 //! read one: a fault finds a single waiter to wake, however many workers there are.
 
 use crate::baseline::MutexTable;
+use crate::changes;
 use crate::dirty::Writer;
-use crate::host::{PageStates, SPACE, UffdHost};
+use crate::host::{PageStates, SPACE, UffdHost, frames};
 use crate::session::{SessionError, Shared, Table, lock};
 use crate::sys::Message;
-use crate::table::{Refusal, bytes, frame, knowing, last_refusal};
+use crate::table::{Known, Refusal, bytes, frame, knowing, last_refusal};
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 use tdp::{Ept, Fault, Gpa, Host, MemoryFault, Outcome, Vcpu, Visibility};
 
 /// Faults by how they ended.
@@ -71,12 +75,52 @@ pub(crate) struct Worker {
     eager: bool,
     /// Messages read since it was last tried.
     since: u32,
-    /// The last page about which nothing could be done, and how often in a row.
-    stray: (u64, u32),
+    /// Faults on pages that the table has.
+    present: Times,
+    /// Faults about which nothing could be done.
+    stray: Times,
 }
 
-/// Faults in a row on a page of which nothing is known. One that is being unmapped is reported a few times.
+/// Faults on a page of which nothing is known. One that is being unmapped is reported a few times.
 const STRAYS: u32 = 1000;
+/// Faults on a page that the table has. Threads that asked for it before it came are at most one for each message that was
+/// read by then, and most of those are read by other workers.
+const PRESENT: u32 = 4;
+
+/// How often each page came up lately.
+struct Times {
+    pages: HashMap<u64, u32>,
+    since: Instant,
+}
+
+impl Times {
+    /// What lies longer back has nothing to do with now: a fault that comes again and again does so at once.
+    const LATELY: Duration = Duration::from_secs(60);
+    /// Pages that are kept in mind: more than a VM has threads, each of which waits for one.
+    const MOST: usize = 4096;
+
+    fn new() -> Self {
+        Self {
+            pages: HashMap::new(),
+            since: Instant::now(),
+        }
+    }
+
+    /// Notes another, and says how many there were.
+    fn another(&mut self, page: u64) -> u32 {
+        if self.pages.len() >= Self::MOST || self.since.elapsed() > Self::LATELY {
+            self.pages.clear();
+            self.since = Instant::now();
+        }
+        let times = self.pages.entry(page).or_default();
+        *times += 1;
+        *times
+    }
+
+    fn forget(&mut self, page: u64) {
+        self.pages.remove(&page);
+    }
+}
 
 /// After so many messages it is tried again.
 const TRY_AFTER: u32 = 8;
@@ -102,7 +146,8 @@ impl Worker {
             served: Served::default(),
             eager: true,
             since: 0,
-            stray: (0, 0),
+            present: Times::new(),
+            stray: Times::new(),
         })
     }
 
@@ -161,33 +206,51 @@ impl Worker {
         let shared = self.shared.clone();
         let states = match (&mut self.engine, &shared.table) {
             (Engine::Mutex(table), _) => {
-                match table.fill(address) {
-                    Ok(true) => self.served.filled += 1,
-                    Ok(false) => self.spurious(address, 4096),
-                    Err(error) => return Err(system("a copy")(error)),
-                }
+                let table = table.clone();
+                let fill = |anew| table.fill(address, anew).map_err(system("a copy"));
+                let filled = fill(false)? || self.is_lost(address, 4096) && fill(true)?;
+                self.served.filled += u64::from(filled);
                 return Ok(());
             }
             (Engine::Tdp(_), Table::Tdp(states)) => states,
             (Engine::Tdp(_), Table::Mutex(_)) => return Ok(()),
+        };
+        let mut known = if cached {
+            Known::Cached
+        } else {
+            Known::Missing
         };
         while !shared.is_stopping() {
             let Engine::Tdp(vcpu) = &mut self.engine else {
                 break;
             };
             let fault = Fault::read(Gpa(address)).private();
-            match knowing(cached, || vcpu.fault(fault))? {
+            match knowing(known, || vcpu.fault(fault))? {
                 Outcome::Fixed { .. } => {
+                    if known == Known::Nothing {
+                        self.changes(states, address)?;
+                    }
                     self.served.filled += 1;
                     self.record(states, address);
                     return Ok(());
                 }
-                Outcome::Spurious => {
+                Outcome::Spurious if !cached => {
                     let page = page_size(states, address).unwrap_or(4096);
-                    if !cached {
-                        self.spurious(address, page);
+                    if !self.is_lost(address, page) {
                         return Ok(());
                     }
+                    // Another worker may do the same, and the guest may have written to what that one put there: what the
+                    // kernel has said of the page counts no longer, to whichever worker it was said.
+                    known = Known::Nothing;
+                    self.changes(states, address)?;
+                    states.host().protected().doubt();
+                    let to = address & !(page - 1);
+                    states
+                        .zap_private(SPACE, frames(to, to + page))
+                        .map_err(changes::lost)?;
+                }
+                Outcome::Spurious => {
+                    let page = page_size(states, address).unwrap_or(4096);
                     let (table, to) = (states.host().protected(), address & !(page - 1));
                     match table.pass().and_then(|_guard| table.map(to, page)) {
                         Ok(true) => {
@@ -208,8 +271,10 @@ impl Worker {
                 }
                 Outcome::Retry(_) => self.served.retries += 1,
                 Outcome::MemoryFault(MemoryFault::IsShared) => {
+                    self.changes(states, address)?;
                     match zero(states, address, cached) {
                         Ok(Some(zeroed)) => {
+                            self.changes(states, address)?;
                             self.served.zeroed += u64::from(zeroed);
                             self.served.mapped += u64::from(!zeroed);
                             return Ok(());
@@ -250,22 +315,37 @@ impl Worker {
         }
     }
 
-    fn spurious(&mut self, address: u64, page: u64) {
+    /// A thread waits for a page that the table has. Wakes it, unless that did not help before: then the page was given up
+    /// without a report, and is to be filled as if nobody had asked for it yet.
+    fn is_lost(&mut self, address: u64, page: u64) -> bool {
         self.served.spurious += 1;
-        let _ = self.shared.uffd.wake(address & !(page - 1), page);
+        let to = address & !(page - 1);
+        if self.present.another(to) > PRESENT {
+            self.present.forget(to);
+            return true;
+        }
+        let _ = self.shared.uffd.wake(to, page);
+        false
     }
 
     fn stray(&mut self, address: u64) -> Result<(), SessionError> {
         self.served.strays += 1;
         let page = address & !4095;
-        self.stray = match self.stray {
-            (last, times) if last == page => (page, times + 1),
-            _ => (page, 1),
-        };
-        if self.stray.1 > STRAYS {
+        if self.stray.another(page) > STRAYS {
             return Err(SessionError::Stray(address));
         }
         let _ = self.shared.uffd.wake(page, 4096);
+        Ok(())
+    }
+
+    /// A page comes to hold something else than it did, by no write of the guest's. Called before, so that whoever goes on
+    /// once it is there goes on after the mark, and after, for a collection in between that finds nothing in the file yet.
+    fn changes(&self, states: &PageStates, address: u64) -> Result<(), SessionError> {
+        if let Some(writes) = &self.shared.writes {
+            let page = page_size(states, address).unwrap_or(4096);
+            let to = address & !(page - 1);
+            writes.mark(frames(to, to + page))?;
+        }
         Ok(())
     }
 

@@ -5,12 +5,13 @@ mod common;
 use common::{MIB, serve, shape, skipped, source};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use std::{io, thread};
 use uffd_handler::Config;
 use uffd_handler::memory::{Kind, word};
-use uffd_handler::source::Source;
+use uffd_handler::source::{Remote, Snapshot, Source};
 use uffd_handler::sys::features;
-use uffd_handler::vmm::Vmm;
+use uffd_handler::vmm::{Shape, Vmm, snapshot};
 
 const PAGE: u64 = 4096;
 
@@ -151,6 +152,82 @@ fn memory_that_moves_keeps_its_content_and_its_holes() {
     );
     let report = session.stop().expect("a report");
     assert!(report.changes >= 3, "{report:?}");
+}
+
+#[test]
+fn memory_by_its_file_that_moves_keeps_what_was_written_beside_the_background_copy() {
+    if skipped("memory_by_its_file_that_moves_keeps_what_was_written_beside_the_background_copy") {
+        return;
+    }
+    let shape = Shape {
+        by_file: true,
+        ..shape(
+            Kind::Shared,
+            4 * MIB,
+            features::MINOR_SHMEM | features::REMAP,
+        )
+    };
+    // So slow that it is under way when the memory moves.
+    let delay = Duration::from_micros(200);
+    let snapshot = snapshot(shape.len).expect("a snapshot");
+    let source: Arc<dyn Source> = Arc::new(Remote::new(Snapshot::of(snapshot), delay));
+    let mut vmm = Vmm::new(shape).expect("a VMM");
+    let config = Config {
+        background: true,
+        ..Config::default()
+    };
+    let session = serve(&vmm, &source, config);
+    for page in 0..16 {
+        vmm.memory().store(page * PAGE, page);
+    }
+    vmm.memory_mut().relocate().expect("a move");
+    // If it had ended by then, it has nothing to do afterwards.
+    let (begun, pages) = (Instant::now(), shape.len / PAGE);
+    while session.progress() != (pages, pages) && begun.elapsed() < Duration::from_secs(5) {
+        thread::yield_now();
+    }
+    for page in 0..16 {
+        assert_eq!(vmm.memory().load(page * PAGE), page);
+    }
+    assert_eq!(vmm.wrong_words(16 * PAGE, shape.len), 0);
+    let report = session.stop().expect("a report");
+    assert_eq!(report.changes, 1, "{report:?}");
+}
+
+#[test]
+fn the_background_copy_that_begins_while_memory_moves_misses_nothing() {
+    if skipped("the_background_copy_that_begins_while_memory_moves_misses_nothing") {
+        return;
+    }
+    let shape = shape(Kind::Anonymous, MIB, features::REMAP);
+    let pages = shape.len / PAGE;
+    let source = source(shape.len);
+    let mut during = 0;
+    for round in 0..300 {
+        let mut vmm = Vmm::new(shape).expect("a VMM");
+        let config = Config {
+            background: true,
+            ..Config::default()
+        };
+        let session = serve(&vmm, &source, config);
+        // A little later each time.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_nanos(200 * (round % 500)) {}
+        let before = session.progress() == (pages, pages);
+        vmm.memory_mut().relocate().expect("a move");
+        let begun = Instant::now();
+        while !before
+            && session.progress() != (pages, pages)
+            && begun.elapsed() < Duration::from_secs(5)
+        {
+            thread::yield_now();
+        }
+        // Where it had ended before, it has nothing to do afterwards.
+        let report = session.stop().expect("a report");
+        assert!(before || report.copied >= pages, "{round} {report:?}");
+        during += u64::from(!before);
+    }
+    assert!(during > 0);
 }
 
 /// A source that holds one page back until it is told to go on.

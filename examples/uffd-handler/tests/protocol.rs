@@ -7,12 +7,13 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::memory::{Kind, word};
 use uffd_handler::protocol::{self, Extent, Region};
 use uffd_handler::sys::{Uffd, features};
@@ -60,8 +61,13 @@ impl Handler {
         }
     }
 
-    /// Waits for its end; what it said on each of its outputs.
+    /// Waits for its end, for as long as any end may take; what it said on each of its outputs.
     fn said(mut self) -> (bool, String, String) {
+        let begun = Instant::now();
+        while self.child.try_wait().expect("its state").is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it does not end");
+            thread::sleep(Duration::from_millis(2));
+        }
         let status = self.child.wait().expect("its end");
         let (mut out, mut err) = (String::new(), String::new());
         let read = |from: Option<&mut dyn Read>, to: &mut String| {
@@ -200,6 +206,20 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
             json(&[region(), Region::new(base + MIB / 2, MIB, 0)]),
             vec![good],
             "overlaps the one before",
+        ),
+        (
+            json(
+                &(0..1025)
+                    .map(|it| Region::new(base + it * 4096, 4096, 0))
+                    .collect::<Vec<_>>(),
+            ),
+            vec![good],
+            "1025 regions",
+        ),
+        (
+            format!("[{}nonsense", " ".repeat(5000)),
+            vec![good],
+            "no list of regions",
         ),
         (json(&[removed(MIB, 4096)]), vec![good], "whole pages of it"),
         (json(&[removed(0, !0xfff)]), vec![good], "whole pages of it"),
@@ -351,12 +371,18 @@ fn a_child_of_the_vmm_is_served_as_well() {
     // it has been read.
     let _alone = forking();
     let snapshot = SnapshotFile::new("forked");
+    for blocking in [false, true] {
+        serve_a_child(&snapshot, blocking);
+    }
+}
+
+/// Serves a VMM and its child, with userfaultfds of which the second is as the first was made.
+fn serve_a_child(snapshot: &SnapshotFile, blocking: bool) {
     let handler = Handler::start("forked", &snapshot.0, &["--once"]);
-    let vmm = match Vmm::new(shape(
-        Kind::Anonymous,
-        LEN,
-        features::FORK | features::REMOVE,
-    )) {
+    let vmm = match Vmm::new(Shape {
+        blocking,
+        ..shape(Kind::Anonymous, LEN, features::FORK | features::REMOVE)
+    }) {
         Ok(vmm) => vmm,
         Err(why) => {
             eprintln!("SKIPPED a_child_of_the_vmm_is_served_as_well: no reports of forks: {why}");
@@ -435,6 +461,39 @@ fn a_vmm_that_waits() {
     assert_eq!(vmm.memory().load(0), word(0, 0));
     println!("introduced");
     thread::sleep(Duration::from_secs(60));
+}
+
+/// The VMM of [`a_vmm_that_cannot_be_served_is_ended`]: makes no sense, and waits for what comes of it.
+#[test]
+#[ignore = "is a part of another test, in a process of its own"]
+fn a_vmm_that_makes_no_sense() {
+    let Some(socket) = std::env::var_os("VMM_SOCKET") else {
+        return;
+    };
+    let stream = UnixStream::connect(socket).expect("a handler");
+    protocol::send_bytes(&stream, b"nonsense", &[]).expect("a message");
+    thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn a_vmm_that_cannot_be_served_is_ended() {
+    let snapshot = SnapshotFile::new("ended");
+    let handler = Handler::start("ended", &snapshot.0, &["--once", "--kill"]);
+    while !handler.socket.exists() {
+        thread::sleep(Duration::from_millis(2));
+    }
+    let mut vmm = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--ignored", "--exact", "a_vmm_that_makes_no_sense"])
+        .env("VMM_SOCKET", &handler.socket)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a VMM");
+    let pid = vmm.id();
+    let (success, _, err) = handler.said();
+    assert!(!success && err.contains("no list of regions"), "{err}");
+    assert!(err.contains(&format!("process {pid} was ended")), "{err}");
+    let status = vmm.wait().expect("its end");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
 }
 
 #[test]
@@ -550,4 +609,39 @@ fn children_that_have_ended_cost_their_handler_nothing() {
     assert!(success, "{err}");
     assert!(out.contains("\"forks\":80"), "{out}");
     assert!(out.contains("\"filled\":80"), "{out}");
+}
+
+/// Forks so many times, each time in the child of the last.
+fn descend(generations: u32) -> bool {
+    generations == 0 || common::in_a_child(|| descend(generations - 1))
+}
+
+#[test]
+fn children_are_counted_however_they_descend_from_each_other() {
+    if skipped("children_are_counted_however_they_descend_from_each_other") {
+        return;
+    }
+    let _alone = forking();
+    let snapshot = SnapshotFile::new("descent");
+    for (generations, served) in [(10, true), (70, false)] {
+        let handler = Handler::start("descent", &snapshot.0, &["--once"]);
+        let vmm = match Vmm::new(shape(Kind::Anonymous, LEN, features::FORK)) {
+            Ok(vmm) => vmm,
+            Err(why) => {
+                eprintln!("SKIPPED children_are_counted: no reports of forks: {why}");
+                return;
+            }
+        };
+        let stream = handler.connect();
+        vmm.introduce(&stream).expect("a message");
+        assert_eq!(vmm.memory().load(0), word(0, 0));
+        assert!(descend(generations), "a child did not end");
+        drop(stream);
+        let (success, out, err) = handler.said();
+        assert_eq!(success, served, "{err}");
+        match served {
+            true => assert!(out.contains("\"forks\":10"), "{out}"),
+            false => assert!(err.contains("more than 64 children"), "{err}"),
+        }
+    }
 }
