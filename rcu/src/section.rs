@@ -33,9 +33,8 @@
 //! section sees another stamp. A stamp that is the same says *memory*, not *linked*: the two may have been parted since. It
 //! says *linked*, too, of what is unlinked by those only who move the stamps and wait for the sections before they go on.
 //!
-//! A section that is forgotten leaves its word odd. The next one of the same reader takes the odd word over as it is, so
-//! that the two are one long section to the retire side: nothing is freed early, and the wait ends when that one leaves
-//! or when the reader is dropped.
+//! A section that is forgotten leaves its word odd until the next one of the same reader leaves for it, or the reader is dropped.
+//! What was found in it cannot be used any more by then: the reader is borrowed for as long as that can.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
