@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::Session;
 use uffd_handler::vmm::Vmm;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -52,6 +52,12 @@ impl Kind {
     }
 }
 
+/// How long nothing may happen to a guest with so many bytes of memory before that is an error: a lost wake-up would be
+/// waited out for ever. Much longer than anything takes, on a machine that does other things as well.
+pub(crate) const fn patience(memory: u64) -> Duration {
+    Duration::from_secs(120 + (memory >> 30) * 60)
+}
+
 /// A machine with its memory.
 #[derive(Clone)]
 pub(crate) struct Machine {
@@ -93,6 +99,7 @@ impl Machine {
         let mut running = Running {
             stop: Arc::new(AtomicBool::new(false)),
             guests: Vec::new(),
+            patience: patience(self.vmm.memory().len()),
         };
         for (number, mut state) in states.into_iter().enumerate() {
             let (vmm, stop) = (self.vmm.clone(), running.stop.clone());
@@ -123,6 +130,13 @@ impl Machine {
 pub(crate) struct Running {
     stop: Arc<AtomicBool>,
     guests: Vec<JoinHandle<io::Result<State>>>,
+    patience: Duration,
+}
+
+/// Ends the process: what hangs can be waited for by nobody, and to drop what it uses would be to wait.
+pub(crate) fn give_up(what: &str, after: Duration) -> ! {
+    eprintln!("error: {what} for {} s", after.as_secs());
+    std::process::exit(1)
 }
 
 impl Running {
@@ -134,7 +148,11 @@ impl Running {
     /// Stops them where they stand.
     pub(crate) fn stop(self) -> io::Result<Vec<State>> {
         self.stop.store(true, Ordering::Release);
+        let begun = Instant::now();
         while !self.is_done() {
+            if begun.elapsed() > self.patience {
+                give_up("a guest has not stopped", self.patience);
+            }
             for guest in &self.guests {
                 // One that has ended meanwhile is not there to be told.
                 let _ = guest.kill(SIGRTMIN());
@@ -144,9 +162,21 @@ impl Running {
         self.wait()
     }
 
-    /// Waits until they are done, or until nobody serves their faults any more, for which they would wait for ever.
+    /// Waits until they are done, or until nobody serves their faults any more, for which they would wait for ever. Ends the
+    /// process if they are not done although no page has been served for long.
     pub(crate) fn watched(self, session: &Session) -> io::Result<Vec<State>> {
+        let (mut served, mut since) = (session.progress(), Instant::now());
         while !self.is_done() {
+            if since.elapsed() > self.patience {
+                let now = session.progress();
+                if now == served {
+                    give_up(
+                        "the guests are not done, and no page was served",
+                        self.patience,
+                    );
+                }
+                (served, since) = (now, Instant::now());
+            }
             if session.is_over() {
                 return Err(io::Error::other("the page-fault handler has failed"));
             }

@@ -9,7 +9,7 @@
 //! How fast absent pages are fetched is measured by migrations of which nothing goes ahead: what is left over otherwise is
 //! little, and another number of pages each time.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, give_up, patience};
 use crate::restore::{Outcome, Plan, Served, median, parts, shape, wrong_words};
 use crate::wire::{self, Arrived, Message};
 use serde::Serialize;
@@ -80,9 +80,22 @@ struct Destination {
 }
 
 impl Destination {
+    /// Waits until it has ended.
+    fn end(&mut self, patience: Duration) -> Outcome<()> {
+        let begun = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if begun.elapsed() > patience {
+                return Err("the destination does not end".into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Waits until it connects, or has ended without.
     fn connection(&mut self, listener: &UnixListener) -> Outcome<UnixStream> {
         listener.set_nonblocking(true)?;
+        let begun = Instant::now();
         let stream = loop {
             match listener.accept() {
                 Ok((stream, _)) => break stream,
@@ -91,6 +104,9 @@ impl Destination {
             }
             if let Some(status) = self.child.try_wait()? {
                 return Err(format!("the destination did not come up: {status}").into());
+            }
+            if begun.elapsed() > patience(0) {
+                return Err("the destination does not come up".into());
             }
             thread::sleep(Duration::from_millis(1));
         };
@@ -152,8 +168,10 @@ fn serve_pages(stream: &UnixStream, vmm: &Vmm) -> io::Result<()> {
     Ok(())
 }
 
-/// Threads that answer requests for pages. Dropped, they have ended.
+/// Threads that answer requests for pages. Dropped, they have ended; the process ends if they do not, because a page of this
+/// end's never comes.
 struct Answering {
+    patience: Duration,
     stop: Arc<AtomicBool>,
     socket: PathBuf,
     accepting: Option<thread::JoinHandle<()>>,
@@ -161,6 +179,7 @@ struct Answering {
 
 impl Answering {
     fn start(listener: UnixListener, socket: PathBuf, vmm: Arc<Vmm>) -> Self {
+        let patience = patience(vmm.memory().len());
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
         let accepting = thread::spawn(move || {
@@ -176,6 +195,7 @@ impl Answering {
             });
         });
         Self {
+            patience,
             stop,
             socket,
             accepting: Some(accepting),
@@ -189,6 +209,13 @@ impl Drop for Answering {
         // So that it looks.
         let _ = UnixStream::connect(&self.socket);
         if let Some(accepting) = self.accepting.take() {
+            let begun = Instant::now();
+            while !accepting.is_finished() {
+                if begun.elapsed() > self.patience {
+                    give_up("a page that was asked for has not been sent", self.patience);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
             let _ = accepting.join();
         }
     }
@@ -208,6 +235,8 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
         answering: None,
     };
     let control = destination.connection(&listener)?;
+    let patience = patience(plan.memory);
+    wire::limit(&control, patience)?;
     wire::send(
         &control,
         &Message::Begin {
@@ -277,7 +306,7 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
     let Message::Done(arrived) = wire::receive(&control)? else {
         return Err("the destination does not say how it ended".into());
     };
-    destination.child.wait()?;
+    destination.end(patience)?;
     drop(destination);
     Ok(One {
         arrived,
