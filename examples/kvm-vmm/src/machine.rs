@@ -6,7 +6,7 @@ use crate::kvm;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use uffd_handler::Session;
@@ -99,6 +99,7 @@ impl Machine {
         let mut running = Running {
             stop: Arc::new(AtomicBool::new(false)),
             guests: Vec::new(),
+            left: Vec::new(),
             patience: patience(self.vmm.memory().len()),
         };
         for (number, mut state) in states.into_iter().enumerate() {
@@ -108,8 +109,10 @@ impl Machine {
                 let mut vcpu = kvm.vcpu(number as u64, &state)?;
                 // The memory goes after the VM.
                 let kvm = kvm.clone();
+                let left = Arc::new(AtomicU64::new(0));
+                running.left.push(left.clone());
                 running.guests.push(thread::spawn(move || {
-                    let ran = vcpu.run(&mut state, &stop);
+                    let ran = vcpu.run(&mut state, &stop, &left);
                     kvm.rest(vcpu);
                     drop((kvm, vmm));
                     ran.map(|()| state)
@@ -130,6 +133,8 @@ impl Machine {
 pub(crate) struct Running {
     stop: Arc<AtomicBool>,
     guests: Vec<JoinHandle<io::Result<State>>>,
+    /// How often each vCPU has left KVM. Empty if threads run in their place.
+    left: Vec<Arc<AtomicU64>>,
     patience: Duration,
 }
 
@@ -143,6 +148,23 @@ impl Running {
     /// Whether all of them are done.
     pub(crate) fn is_done(&self) -> bool {
         self.guests.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits until each vCPU has left KVM once, so that KVM has noted all that it did before: what a vCPU writes is not in
+    /// KVM's log at once, but only when the vCPU has left the guest and its thread has got on with that.
+    pub(crate) fn leave_once(&self) {
+        let begun = Instant::now();
+        for (guest, left) in self.guests.iter().zip(&self.left) {
+            let before = left.load(Ordering::Acquire);
+            while left.load(Ordering::Acquire) == before && !guest.is_finished() {
+                if begun.elapsed() > self.patience {
+                    give_up("a guest has not been left", self.patience);
+                }
+                // One that has ended meanwhile is not there to be told.
+                let _ = guest.kill(SIGRTMIN());
+                thread::sleep(Duration::from_micros(200));
+            }
+        }
     }
 
     /// Stops them where they stand.
