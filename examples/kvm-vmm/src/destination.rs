@@ -4,7 +4,7 @@
 //! pages that are absent or out of date; the latter are given up. Then the guests run, and a page that one of them waits for
 //! is fetched from the source by the page-fault handler, each once.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, patience};
 use crate::restore::{Outcome, Served, shape, wrong_words};
 use crate::wire::{self, Arrived, Message};
 use std::cell::RefCell;
@@ -66,6 +66,7 @@ impl Source for Remote {
 /// Takes a guest in and lets it go on for a while.
 pub(crate) fn run(socket: &Path) -> Outcome<()> {
     let control = UnixStream::connect(socket)?;
+    wire::limit(&control, patience(0))?;
     let Message::Begin {
         memory,
         kind,
@@ -75,6 +76,7 @@ pub(crate) fn run(socket: &Path) -> Outcome<()> {
     else {
         return Err("the source does not say what is to come".into());
     };
+    wire::limit(&control, patience(memory))?;
     let vmm = Arc::new(Vmm::new(shape(memory, false))?);
     let file = vmm.memory().file().ok_or("guest memory has no file")?;
     let file = File::from(file.try_clone()?);

@@ -16,7 +16,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use uffd_handler::memory::Memory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -278,11 +278,18 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Runs until the program is done or is to stop, and notes where it stands.
-    pub(crate) fn run(&mut self, state: &mut State, stop: &AtomicBool) -> io::Result<()> {
+    /// Runs until the program is done or is to stop, and notes where it stands. Counts in `left` how often it has left KVM.
+    pub(crate) fn run(
+        &mut self,
+        state: &mut State,
+        stop: &AtomicBool,
+        left: &AtomicU64,
+    ) -> io::Result<()> {
         let mut done = false;
         while !done && !stop.load(Ordering::Acquire) {
-            match self.fd.run() {
+            let ran = self.fd.run();
+            left.fetch_add(1, Ordering::Release);
+            match ran {
                 Ok(VcpuExit::IoOut(code::DONE, _)) => done = true,
                 Ok(exit) => {
                     return Err(error(

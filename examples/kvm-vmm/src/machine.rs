@@ -6,9 +6,9 @@ use crate::kvm;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::Session;
 use uffd_handler::vmm::Vmm;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -52,6 +52,12 @@ impl Kind {
     }
 }
 
+/// How long nothing may happen to a guest with so many bytes of memory before that is an error: a lost wake-up would be
+/// waited out for ever. Much longer than anything takes, on a machine that does other things as well.
+pub(crate) const fn patience(memory: u64) -> Duration {
+    Duration::from_secs(120 + (memory >> 30) * 60)
+}
+
 /// A machine with its memory.
 #[derive(Clone)]
 pub(crate) struct Machine {
@@ -93,6 +99,8 @@ impl Machine {
         let mut running = Running {
             stop: Arc::new(AtomicBool::new(false)),
             guests: Vec::new(),
+            left: Vec::new(),
+            patience: patience(self.vmm.memory().len()),
         };
         for (number, mut state) in states.into_iter().enumerate() {
             let (vmm, stop) = (self.vmm.clone(), running.stop.clone());
@@ -101,8 +109,10 @@ impl Machine {
                 let mut vcpu = kvm.vcpu(number as u64, &state)?;
                 // The memory goes after the VM.
                 let kvm = kvm.clone();
+                let left = Arc::new(AtomicU64::new(0));
+                running.left.push(left.clone());
                 running.guests.push(thread::spawn(move || {
-                    let ran = vcpu.run(&mut state, &stop);
+                    let ran = vcpu.run(&mut state, &stop, &left);
                     kvm.rest(vcpu);
                     drop((kvm, vmm));
                     ran.map(|()| state)
@@ -123,6 +133,15 @@ impl Machine {
 pub(crate) struct Running {
     stop: Arc<AtomicBool>,
     guests: Vec<JoinHandle<io::Result<State>>>,
+    /// How often each vCPU has left KVM. Empty if threads run in their place.
+    left: Vec<Arc<AtomicU64>>,
+    patience: Duration,
+}
+
+/// Ends the process: what hangs can be waited for by nobody, and to drop what it uses would be to wait.
+pub(crate) fn give_up(what: &str, after: Duration) -> ! {
+    eprintln!("error: {what} for {} s", after.as_secs());
+    std::process::exit(1)
 }
 
 impl Running {
@@ -131,10 +150,31 @@ impl Running {
         self.guests.iter().all(JoinHandle::is_finished)
     }
 
+    /// Waits until each vCPU has left KVM once, so that KVM has noted all that it did before: what a vCPU writes is not in
+    /// KVM's log at once, but only when the vCPU has left the guest and its thread has got on with that.
+    pub(crate) fn leave_once(&self) {
+        let begun = Instant::now();
+        for (guest, left) in self.guests.iter().zip(&self.left) {
+            let before = left.load(Ordering::Acquire);
+            while left.load(Ordering::Acquire) == before && !guest.is_finished() {
+                if begun.elapsed() > self.patience {
+                    give_up("a guest has not been left", self.patience);
+                }
+                // One that has ended meanwhile is not there to be told.
+                let _ = guest.kill(SIGRTMIN());
+                thread::sleep(Duration::from_micros(200));
+            }
+        }
+    }
+
     /// Stops them where they stand.
     pub(crate) fn stop(self) -> io::Result<Vec<State>> {
         self.stop.store(true, Ordering::Release);
+        let begun = Instant::now();
         while !self.is_done() {
+            if begun.elapsed() > self.patience {
+                give_up("a guest has not stopped", self.patience);
+            }
             for guest in &self.guests {
                 // One that has ended meanwhile is not there to be told.
                 let _ = guest.kill(SIGRTMIN());
@@ -144,9 +184,21 @@ impl Running {
         self.wait()
     }
 
-    /// Waits until they are done, or until nobody serves their faults any more, for which they would wait for ever.
+    /// Waits until they are done, or until nobody serves their faults any more, for which they would wait for ever. Ends the
+    /// process if they are not done although no page has been served for long.
     pub(crate) fn watched(self, session: &Session) -> io::Result<Vec<State>> {
+        let (mut served, mut since) = (session.progress(), Instant::now());
         while !self.is_done() {
+            if since.elapsed() > self.patience {
+                let now = session.progress();
+                if now == served {
+                    give_up(
+                        "the guests are not done, and no page was served",
+                        self.patience,
+                    );
+                }
+                (served, since) = (now, Instant::now());
+            }
             if session.is_over() {
                 return Err(io::Error::other("the page-fault handler has failed"));
             }

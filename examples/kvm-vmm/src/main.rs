@@ -137,7 +137,7 @@ fn restore(options: &Options) -> Outcome<()> {
         it.dirty.different
     );
     options.show(&it, text)?;
-    verdict(it.wrong_words + it.double_fills + it.dirty.missed)
+    verdict(it.wrong_words + it.double_fills + it.dirty.missed + it.dirty.different)
 }
 
 fn migrate(options: &Options, ahead: usize) -> Outcome<()> {

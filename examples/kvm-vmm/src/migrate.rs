@@ -6,10 +6,13 @@
 //!
 //! A page is sent after the log that named it was collected, so one that is written while it is sent is named again.
 //!
+//! KVM keeps a log of its own, which is compared with ours collection by collection ([`Logs`]), for guests write the same
+//! pages again and again: what one round lost would be found in another.
+//!
 //! How fast absent pages are fetched is measured by migrations of which nothing goes ahead: what is left over otherwise is
 //! little, and another number of pages each time.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, Running, give_up, patience};
 use crate::restore::{Outcome, Plan, Served, median, parts, shape, wrong_words};
 use crate::wire::{self, Arrived, Message};
 use serde::Serialize;
@@ -23,6 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 use uffd_handler::Config;
+use uffd_handler::dirty::WriteLog;
 use uffd_handler::source::{Snapshot, Source};
 use uffd_handler::sys::send_from;
 use uffd_handler::vmm::{Vmm, snapshot};
@@ -51,7 +55,7 @@ pub(crate) struct Moved {
     pub(crate) pages_per_s: f64,
     pub(crate) mutex_pages_per_s: f64,
     pub(crate) ratio: f64,
-    /// Pages that KVM's log of the source has and ours has not; `null` if no KVM keeps one.
+    /// Pages that KVM's log of the source has and ours has not, of each collection; `null` if no KVM keeps one.
     pub(crate) missed: Option<u64>,
     /// Pages that only ours has: a guest was about to write there when it was stopped.
     pub(crate) only_ours: Option<u64>,
@@ -80,9 +84,22 @@ struct Destination {
 }
 
 impl Destination {
+    /// Waits until it has ended.
+    fn end(&mut self, patience: Duration) -> Outcome<()> {
+        let begun = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if begun.elapsed() > patience {
+                return Err("the destination does not end".into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Waits until it connects, or has ended without.
     fn connection(&mut self, listener: &UnixListener) -> Outcome<UnixStream> {
         listener.set_nonblocking(true)?;
+        let begun = Instant::now();
         let stream = loop {
             match listener.accept() {
                 Ok((stream, _)) => break stream,
@@ -91,6 +108,9 @@ impl Destination {
             }
             if let Some(status) = self.child.try_wait()? {
                 return Err(format!("the destination did not come up: {status}").into());
+            }
+            if begun.elapsed() > patience(0) {
+                return Err("the destination does not come up".into());
             }
             thread::sleep(Duration::from_millis(1));
         };
@@ -117,8 +137,67 @@ struct One {
     sending: Duration,
     downtime: Duration,
     wrong: u64,
-    /// Pages that only KVM's log has, and that only ours has.
+    /// Pages that KVM's log has and ours has not, collection by collection, and that only ours has, over all of them.
     logs: Option<[u64; 2]>,
+}
+
+/// The two logs of the same writes.
+///
+/// KVM's is read before each collection of ours and, while guests run, after it. Between ours and the second reading every
+/// vCPU leaves the guest once, so that nothing of what KVM knew before is still on its way to its log. What the first reading
+/// has was thus made writable after the previous collection of ours, which had protected all, and before this one: it must be
+/// in this one. What the second has was made writable before this collection or since: it must be in this one or the next.
+#[derive(Default)]
+struct Logs {
+    ours: BTreeSet<u64>,
+    theirs: BTreeSet<u64>,
+    /// Pages of KVM's that must be in the next collection of ours.
+    due: BTreeSet<u64>,
+    missed: u64,
+    /// Whether there is a log of KVM's.
+    compared: bool,
+}
+
+impl Logs {
+    /// Collects both, while guests run or after they have been stopped. Returns what ours has.
+    fn collect(
+        &mut self,
+        machine: &Machine,
+        log: &WriteLog,
+        base: u64,
+        running: Option<&Running>,
+    ) -> Outcome<BTreeSet<u64>> {
+        let mut due = std::mem::take(&mut self.due);
+        self.compared = machine.dirty(|offset| {
+            due.insert(offset);
+        })?;
+        let mut now = BTreeSet::new();
+        log.collect(|address| {
+            now.insert(address - base);
+        })?;
+        if !self.compared {
+            return Ok(now);
+        }
+        let mut after = BTreeSet::new();
+        if let Some(running) = running {
+            running.leave_once();
+            machine.dirty(|offset| {
+                after.insert(offset);
+            })?;
+        }
+        self.missed += due.difference(&now).count() as u64;
+        self.due = after.difference(&now).copied().collect();
+        self.theirs.extend(due);
+        self.theirs.extend(after);
+        self.ours.extend(&now);
+        Ok(now)
+    }
+
+    /// After the last collection, which leaves nothing due: pages that ours missed, and that only ours has.
+    fn verdict(&self) -> Option<[u64; 2]> {
+        let more = self.ours.difference(&self.theirs).count() as u64;
+        self.compared.then_some([self.missed, more])
+    }
 }
 
 /// Sends pages, in runs.
@@ -152,8 +231,10 @@ fn serve_pages(stream: &UnixStream, vmm: &Vmm) -> io::Result<()> {
     Ok(())
 }
 
-/// Threads that answer requests for pages. Dropped, they have ended.
+/// Threads that answer requests for pages. Dropped, they have ended; the process ends if they do not, because a page of this
+/// end's never comes.
 struct Answering {
+    patience: Duration,
     stop: Arc<AtomicBool>,
     socket: PathBuf,
     accepting: Option<thread::JoinHandle<()>>,
@@ -161,6 +242,7 @@ struct Answering {
 
 impl Answering {
     fn start(listener: UnixListener, socket: PathBuf, vmm: Arc<Vmm>) -> Self {
+        let patience = patience(vmm.memory().len());
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
         let accepting = thread::spawn(move || {
@@ -176,6 +258,7 @@ impl Answering {
             });
         });
         Self {
+            patience,
             stop,
             socket,
             accepting: Some(accepting),
@@ -189,6 +272,13 @@ impl Drop for Answering {
         // So that it looks.
         let _ = UnixStream::connect(&self.socket);
         if let Some(accepting) = self.accepting.take() {
+            let begun = Instant::now();
+            while !accepting.is_finished() {
+                if begun.elapsed() > self.patience {
+                    give_up("a page that was asked for has not been sent", self.patience);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
             let _ = accepting.join();
         }
     }
@@ -208,6 +298,8 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
         answering: None,
     };
     let control = destination.connection(&listener)?;
+    let patience = patience(plan.memory);
+    wire::limit(&control, patience)?;
     wire::send(
         &control,
         &Message::Begin {
@@ -228,22 +320,11 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
     let log = served.session.writes().ok_or("writes are not tracked")?;
     let running = machine.start(parts(plan, u64::MAX))?;
 
-    let (mut ours, mut theirs, mut logged) = (BTreeSet::new(), BTreeSet::new(), false);
-    let mut collect = |now: &mut BTreeSet<u64>| -> Outcome<()> {
-        log.collect(|address| {
-            now.insert(address - base);
-        })?;
-        logged = machine.dirty(|offset| {
-            theirs.insert(offset);
-        })?;
-        ours.extend(now.iter());
-        Ok(())
-    };
+    let mut logs = Logs::default();
     let start = Instant::now();
     let mut ahead = Vec::new();
     for round in 0..rounds {
-        let mut dirty = BTreeSet::new();
-        collect(&mut dirty)?;
+        let dirty = logs.collect(&machine, log, base, Some(&running))?;
         ahead.push(match round {
             0 => send_pages(&control, &vmm, (0..plan.memory).step_by(4096))?,
             _ => send_pages(&control, &vmm, dirty)?,
@@ -253,15 +334,11 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
 
     let stopped = Instant::now();
     let guests = running.stop()?;
-    let mut absent = BTreeSet::new();
-    collect(&mut absent)?;
+    let mut absent = logs.collect(&machine, log, base, None)?;
     if rounds == 0 {
         absent = (0..plan.memory).step_by(4096).collect();
     }
-    let logs = logged.then(|| {
-        let only = |one: &BTreeSet<u64>, other| one.difference(other).count() as u64;
-        [only(&theirs, &ours), only(&ours, &theirs)]
-    });
+    let logs = logs.verdict();
     let wrong = wrong_words(&guests);
     let count = absent.len() as u64;
     let absent = absent.into_iter().collect();
@@ -277,7 +354,7 @@ fn once(plan: &Plan, rounds: usize, mutex: bool, source: &Arc<dyn Source>) -> Ou
     let Message::Done(arrived) = wire::receive(&control)? else {
         return Err("the destination does not say how it ended".into());
     };
-    destination.child.wait()?;
+    destination.end(patience)?;
     drop(destination);
     Ok(One {
         arrived,

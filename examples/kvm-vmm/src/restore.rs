@@ -59,7 +59,7 @@ pub(crate) struct Dirty {
     pub(crate) kvm: Option<u64>,
     /// Pages that were written and are not in ours.
     pub(crate) missed: u64,
-    /// Pages that only one of the logs has.
+    /// Pages that only one of the logs has; 0 if there is only ours.
     pub(crate) different: u64,
 }
 

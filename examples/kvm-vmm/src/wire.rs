@@ -9,6 +9,7 @@ use crate::machine::Kind;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// Longest message, without pages.
 const LONGEST: usize = 256 << 20;
@@ -57,9 +58,25 @@ pub(crate) fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
     (&mut &*stream).write_all(&text)
 }
 
+/// Has this end wait no longer than that for the other one, to send or to take anything.
+pub(crate) fn limit(stream: &UnixStream, patience: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))
+}
+
+/// The next message.
 pub(crate) fn receive(stream: &UnixStream) -> io::Result<Message> {
     let mut len = [0; 4];
-    (&mut &*stream).read_exact(&mut len)?;
+    (&mut &*stream)
+        .read_exact(&mut len)
+        .map_err(|error| match error.kind() {
+            // What an ordinary read says of a limit that has passed.
+            io::ErrorKind::WouldBlock => io::Error::new(
+                io::ErrorKind::TimedOut,
+                "nothing has come from the other end for too long",
+            ),
+            _ => error,
+        })?;
     let len = u32::from_le_bytes(len) as usize;
     if len > LONGEST {
         return Err(io::Error::from(io::ErrorKind::InvalidData));
@@ -92,5 +109,21 @@ pub(crate) fn asked(stream: &UnixStream) -> io::Result<Option<(u64, u64)>> {
         }
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_says_nothing_is_not_waited_for() {
+        let (here, there) = UnixStream::pair().expect("a connection");
+        limit(&here, Duration::from_millis(10)).expect("a limit");
+        let came = receive(&here).map_err(|error| error.kind());
+        assert!(matches!(came, Err(io::ErrorKind::TimedOut)), "{came:?}");
+        send(&there, &Message::Started).expect("a message");
+        let came = receive(&here);
+        assert!(matches!(came, Ok(Message::Started)), "{came:?}");
     }
 }

@@ -52,7 +52,7 @@ const PATIENCE: u64 = 20_000_000;
 pub struct Plan {
     /// vCPUs, each on a processor of its own.
     pub vcpus: usize,
-    /// Nested faults after which it ends.
+    /// Nested faults that install or repair an entry, after which it ends.
     pub faults: u64,
     /// Whether processors are interrupted for a flush.
     pub kick: bool,
@@ -66,8 +66,12 @@ pub struct Report {
     /// How its writes were logged.
     pub dirty_tracking: &'static str,
     pub vcpus: Vec<Tally>,
-    /// Nested faults in all.
+    /// Nested faults in all; those that were told to retry; those that found the access possible already; the others, each
+    /// of which installed or repaired an entry.
     pub faults: u64,
+    pub retries: u64,
+    pub spurious: u64,
+    pub resolved: u64,
     /// Words that the guest read and did not expect.
     pub wrong_words: u64,
     /// Words of free frames that were written after the flush that should have made it impossible.
@@ -138,7 +142,7 @@ pub fn run_guest(plan: Plan, tracking: DirtyTracking) -> Report {
     program.load(mmu.host());
     let shared = Arc::new(Shared {
         mmu,
-        faults: AtomicU64::new(0),
+        resolved: AtomicU64::new(0),
         wrong_words: AtomicU64::new(0),
         parked: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
@@ -190,8 +194,8 @@ impl Manager<'_> {
         self.mmu().host()
     }
 
-    fn faults(&self) -> u64 {
-        self.shared.faults.load(Ordering::Relaxed)
+    fn resolved(&self) -> u64 {
+        self.shared.resolved.load(Ordering::Relaxed)
     }
 
     fn run(&mut self) {
@@ -217,10 +221,10 @@ impl Manager<'_> {
         }
     }
 
-    /// Whether the guest may end: it has faulted often enough and its copy has been compared, or it has shown what it was
+    /// Whether the guest may end: enough of its faults were resolved and its copy has been compared, or it has shown what it was
     /// to show.
     fn is_enough(&self) -> bool {
-        let enough = self.faults() >= self.plan.faults && self.comparisons > 0;
+        let enough = self.resolved() >= self.plan.faults && self.comparisons > 0;
         let shown = !self.plan.kick && self.shared.wrong_words.load(Ordering::Relaxed) > 0;
         enough || shown
     }
@@ -231,7 +235,7 @@ impl Manager<'_> {
 
     /// Takes memory away in one of several manners, and waits until the guest has wanted part of it back.
     fn disturb(&mut self) {
-        let before = self.faults();
+        let before = self.resolved();
         // Without interrupts all that is wanted is a translation that is used too late.
         let manner = if self.plan.kick {
             self.random.below(8)
@@ -247,7 +251,9 @@ impl Manager<'_> {
             _ => self.move_pages(8, self.often_used),
         };
         let start = cycles();
-        while self.faults() - before < taken / 2 && cycles() - start < PATIENCE && !self.has_ended()
+        while self.resolved() - before < taken / 2
+            && cycles() - start < PATIENCE
+            && !self.has_ended()
         {
             core::hint::spin_loop();
         }
@@ -385,14 +391,23 @@ impl Manager<'_> {
         // Twice: what was retired by the first is freed by the second.
         (0..2).for_each(|_| self.mmu().synchronize());
         let stats = self.mmu().stats();
+        let sum = |of: fn(&Tally) -> u64| vcpus.iter().map(of).sum::<u64>();
+        let (faults, retries, spurious) = (
+            sum(|tally| tally.faults),
+            sum(|tally| tally.retries),
+            sum(|tally| tally.spurious),
+        );
         Report {
             dirty_tracking: match tracking {
                 DirtyTracking::WriteProtect => "write protection",
                 DirtyTracking::DirtyBit => "dirty bits",
                 DirtyTracking::ModificationLog => "modification log",
             },
-            faults: vcpus.iter().map(|tally| tally.faults).sum(),
-            wrong_words: vcpus.iter().map(|tally| tally.wrong_words).sum(),
+            faults,
+            retries,
+            spurious,
+            resolved: faults - retries - spurious,
+            wrong_words: sum(|tally| tally.wrong_words),
             vcpus,
             late_writes: self.host().frames.late_writes(),
             unlogged_pages: self.unlogged_pages,

@@ -43,8 +43,8 @@ pub struct Tally {
 /// What the manager and all vCPUs of a guest have in common.
 pub struct Shared {
     pub mmu: GuestMmu,
-    /// Nested faults of all vCPUs so far.
-    pub faults: AtomicU64,
+    /// Nested faults of all vCPUs so far that installed or repaired an entry.
+    pub resolved: AtomicU64,
     /// Words that the guest did not expect, on all vCPUs so far.
     pub wrong_words: AtomicU64,
     /// vCPUs that wait because of [`BareHost::pause`].
@@ -149,9 +149,10 @@ impl Runner<'_> {
                     self.tally.fault_cycles += cycles() - start;
                     self.tally.faults += 1;
                     self.tally.faults_on_guest_tables += u64::from(decoded.guest_table_walk);
-                    self.shared.faults.fetch_add(1, Ordering::Relaxed);
                     match outcome {
-                        Ok(Outcome::Fixed { .. }) => {}
+                        Ok(Outcome::Fixed { .. }) => {
+                            self.shared.resolved.fetch_add(1, Ordering::Relaxed);
+                        }
                         Ok(Outcome::Spurious) => self.tally.spurious += 1,
                         Ok(Outcome::Retry(_)) => self.tally.retries += 1,
                         other => panic!("fault {code:#x} at {gpa:#x}: {other:?}"),

@@ -1,12 +1,14 @@
 //! One probe: what the reference walker says is to happen, what the processor did, and whether they agree.
 
+use crate::guest::{self, OWN, Way};
 use crate::memory::{self, Copy, TABLES};
 use crate::tables::{Tables, control};
 use crate::{Random, mix};
+use alloc::vec::Vec;
 use machine::println;
 use serde::Serialize;
 use tdp::{AdBits, Format, Gpa, Hpa, Level, Pfn, Spte};
-use tdp_arch::walker::{GuestAccess, ReadOnly, Translation, WalkError, Walker};
+use tdp_arch::walker::{GuestAccess, ReadOnly, WalkError, Walker};
 
 /// How an access ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,18 +49,45 @@ pub trait Processor {
     /// What the guest's program ends with: its call of the host.
     fn call(&self) -> [u8; 3];
 
-    /// Bits of entries of the root that the manual reserves and this processor does not look at.
-    const UNCHECKED_IN_ROOT: u64 = 0;
+    /// Bits of an entry of this level with this value that the manual reserves and this processor does not look at. No entry
+    /// is spoilt so that it has one.
+    fn unchecked(level: Level, entry: u64) -> u64;
 
-    /// Whether this processor, when an access faults, can have another accessed bit in an entry of this level on the way than
-    /// the reference, which sets it in each entry that points to a table before it goes on.
-    fn marks_otherwise(&self, level: Level) -> bool;
+    /// Whether this processor can, after a walk that faulted, hold `live` in an entry of this level on the way where the
+    /// reference, which sets the accessed bit in each entry that points to a table before it goes on, has `reference`. Asked
+    /// only if the two differ in the accessed bit and in nothing else.
+    fn marks_otherwise(&self, level: Level, live: u64, reference: u64) -> bool;
 
-    /// Makes an access with nothing cached. A write writes `value`.
-    fn access(&mut self, pointer: u64, gpa: Gpa, access: GuestAccess, value: u64) -> Seen;
+    /// Whether this processor is known to report `seen` where the manual has `wanted`. Asked only if they differ.
+    fn reports_otherwise(&self, seen: Seen, wanted: Seen) -> bool;
+
+    /// Whether this processor walks again when it has to set a flag in an entry of a guest's page table, as for a write. One
+    /// that does not sets the flag wherever the entry could be read.
+    const WALKS_FOR_FLAGS: bool = true;
+
+    /// Makes an access to a linear address with nothing cached, as the guest's user or its kernel. A write writes `value`.
+    fn access(
+        &mut self,
+        pointer: u64,
+        linear: u64,
+        access: GuestAccess,
+        user: bool,
+        value: u64,
+    ) -> Seen;
 
     /// What the reference walker's fault looks like when this processor reports it.
     fn reported(&self, fault: <Self::Walker as Walker>::Fault) -> Seen;
+}
+
+/// Differences that are known, by what differs.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Named {
+    /// What is reported of a fault: [`Processor::reports_otherwise`].
+    pub codes: u64,
+    /// An accessed bit after a fault: [`Processor::marks_otherwise`].
+    pub accessed: u64,
+    /// A walk that is not made: [`Processor::WALKS_FOR_FLAGS`].
+    pub walks: u64,
 }
 
 /// What has been checked.
@@ -74,14 +103,25 @@ pub struct Figures {
     pub faults: u64,
     /// Faults because an entry makes no sense.
     pub malformed: u64,
-    /// Accessed or dirty bits that the processor has set.
+    /// Accesses of the guest's user.
+    pub by_user: u64,
+    /// Entries of guests' page tables that were read.
+    pub table_entries: u64,
+    /// Faults on them.
+    pub table_faults: u64,
+    /// Those of them that a mere read of the same word would not have met: the access counts as a write.
+    pub tables_not_writable: u64,
+    /// Such entries in which the guest's access had to set a flag, and has.
+    pub table_flags_set: u64,
+    /// Probes in which the processor has set an accessed or dirty bit.
     pub flags_set: u64,
     /// Entries that were spoilt.
     pub spoilt: u64,
-    /// Accesses that were not made, because a spoilt entry led out of the memory that there is.
+    /// Accesses that were not made: a spoilt entry led out of the memory that there is, two entries or an entry and the word
+    /// fell together, or the manual does not say which of two faults comes first.
     pub skipped: u64,
     /// Differences from the reference that this processor is known for, and that are named with it.
-    pub named_differences: u64,
+    pub named_differences: Named,
     /// Probes after which processor and reference differed.
     pub mismatches: u64,
 }
@@ -89,38 +129,18 @@ pub struct Figures {
 impl Figures {
     /// Whether all agreed, and there was something of every kind to agree upon.
     pub fn is_good(&self) -> bool {
-        let kinds = [self.faults, self.malformed, self.flags_set, self.spoilt];
+        let kinds = [
+            self.faults,
+            self.malformed,
+            self.by_user,
+            self.table_entries,
+            self.table_faults,
+            self.tables_not_writable,
+            self.table_flags_set,
+            self.flags_set,
+            self.spoilt,
+        ];
         self.mismatches == 0 && kinds.iter().chain(&self.reached).all(|&count| count > 0)
-    }
-}
-
-/// Offsets of the guest's programs in its page 1.
-pub const READ: u64 = 0x1000;
-/// As above.
-pub const WRITE: u64 = 0x1010;
-/// As above.
-pub const FETCH: u64 = 0x1020;
-/// The guest's root table.
-pub const CR3: u64 = 0x2000;
-/// A word of the guest's own that can be read and written.
-const OWN: Gpa = Gpa(0x5000);
-
-/// Writes the guest's programs, and page tables that map the first TiB to itself by leaves of 1 GiB.
-fn load_guest(call: [u8; 3]) {
-    let [a, b, c] = call.map(u64::from);
-    let call = a | b << 8 | c << 16;
-    let put = |gpa: u64, value: u64| {
-        memory::store(Hpa(control(gpa >> 12).address().0 | gpa & 0xfff), value)
-    };
-    put(READ, 0x07_8b48 | call << 24); // mov (%rdi), %rax
-    put(WRITE, 0x37_8948 | call << 24); // mov %rsi, (%rdi)
-    put(FETCH, 0xe7ff); // jmp *%rdi
-    for half in 0..2u64 {
-        let table = CR3 + 0x1000 * (half + 1);
-        put(CR3 + 8 * half, table | 7);
-        for leaf in 0..512 {
-            put(table + 8 * leaf, (half << 39 | leaf << 30) | 0xe7);
-        }
     }
 }
 
@@ -134,11 +154,11 @@ pub fn run<P: Processor>(processor: &mut P, seed: u64, rounds: u64, probes: u64)
     let mut figures = Figures::default();
     memory::fill_data();
     for _ in 0..rounds {
-        load_guest(processor.call());
+        guest::load(processor.call());
         let tables = Tables::<P::Format>::build(&mut random, processor.physical_bits());
         // Sets what the guest's own accesses set, on the way to its program and page tables, once and for all.
         for access in [GuestAccess::Read, GuestAccess::Write] {
-            let seen = processor.access(tables.pointer, OWN, access, 0);
+            let seen = processor.access(tables.pointer, OWN.0, access, false, 0);
             assert!(
                 matches!(seen, Seen::Done(_)),
                 "the guest does not run: {seen:?}"
@@ -184,7 +204,7 @@ fn path<F: Format>(
     })
 }
 
-/// Flips a bit or two of an entry on the way to some address, none of which leads to the guest's own pages.
+/// Flips a bit or two of an entry on the way to some address, none of which leads to the pages of the guest's in region 0.
 fn spoil<P: Processor>(tables: &Tables<P::Format>, random: &mut Random) -> bool {
     let gpa = tables.probe_at(random);
     let live = |hpa: Hpa| Some(memory::load(hpa));
@@ -205,11 +225,88 @@ fn spoil<P: Processor>(tables: &Tables<P::Format>, random: &mut Random) -> bool 
                 _ => random.below(12),
             };
     }
-    if level == Level::L4 {
-        bits &= !P::UNCHECKED_IN_ROOT;
+    let spoilt = memory::load(at) ^ bits;
+    if spoilt & P::unchecked(level, spoilt) != 0 {
+        return false;
     }
     memory::spoil(at, bits);
     true
+}
+
+/// An address to probe, in most cases one that a walk for `access` gets to.
+fn place<P: Processor>(
+    walker: &P::Walker,
+    tables: &Tables<P::Format>,
+    access: GuestAccess,
+    random: &mut Random,
+) -> Gpa {
+    let root = walker.at_root(tables.root.address());
+    let tries = random.pick(&[1, 24, 24, 24]);
+    let mut gpa = tables.probe_at(random);
+    for _ in 1..tries {
+        let found = walker.walk_on(&ReadOnly(Copy), root, gpa, access, |_| {});
+        if found.is_ok_and(|found| is_free(found.hpa)) {
+            break;
+        }
+        gpa = tables.probe_at(random);
+    }
+    gpa
+}
+
+/// Whether a probe may use the word there.
+fn is_free(hpa: Hpa) -> bool {
+    memory::is_data(hpa) && hpa.pfn().0 < control(0).0
+}
+
+/// Accesses to guest memory that one access of the guest consists of, in their order, and what they are to reach.
+#[derive(Default)]
+struct Plan {
+    accesses: Vec<(Gpa, GuestAccess)>,
+    /// The words that they reach, each once. The last access reaches the last one.
+    words: Vec<Hpa>,
+    /// Accesses left out, because this processor does not make them.
+    left_out: u64,
+}
+
+impl Plan {
+    /// Asks the reference without a trace. `None` if some word is not there, or not apart from the others, or if the manual
+    /// does not say which of two accesses comes first and both fault.
+    fn new<P: Processor>(
+        walker: &P::Walker,
+        root: Hpa,
+        way: &Way,
+        gpa: Gpa,
+        access: GuestAccess,
+    ) -> Option<Self> {
+        let root = walker.at_root(root);
+        let look = |at: Gpa, access| walker.walk_on(&ReadOnly(Copy), root, at, access, |_| {});
+        let mut plan = Self::default();
+        for (at, part) in way.accesses(gpa, access) {
+            let for_flags = part == GuestAccess::TableWrite;
+            match look(at, part) {
+                Ok(found) => {
+                    // The flags are in a word that has been read.
+                    if !for_flags {
+                        if !is_free(found.hpa) || plan.words.contains(&found.hpa) {
+                            return None;
+                        }
+                        plan.words.push(found.hpa);
+                    }
+                    plan.accesses.push((at, part));
+                }
+                Err(WalkError::Fault(_)) if for_flags && !P::WALKS_FOR_FLAGS => plan.left_out += 1,
+                Err(WalkError::Fault(_)) => {
+                    if for_flags && look(gpa, access).is_err() {
+                        return None;
+                    }
+                    plan.accesses.push((at, part));
+                    break;
+                }
+                Err(WalkError::Abort(_)) => return None,
+            }
+        }
+        Some(plan)
+    }
 }
 
 fn check<P: Processor>(
@@ -219,27 +316,46 @@ fn check<P: Processor>(
     figures: &mut Figures,
 ) {
     let walker = processor.walker(tables.ad_bits);
-    let gpa = tables.probe_at(random);
-    let access = random.pick(&[GuestAccess::Read, GuestAccess::Write, GuestAccess::Fetch]);
-    let root = walker.at_root(tables.root.address());
-    let walk = |read_only: bool| -> Result<Translation, WalkError<_>> {
-        if read_only {
-            walker.walk_on(&ReadOnly(Copy), root, gpa, access, |_| {})
-        } else {
-            walker.walk_on(&Copy, root, gpa, access, |_| {})
-        }
+    let user = random.below(3) == 0;
+    let fetch = if user {
+        GuestAccess::UserFetch
+    } else {
+        GuestAccess::Fetch
     };
-    // Whether it can be made at all is asked without a trace.
-    match walk(true) {
-        Ok(translation)
-            if memory::is_data(translation.hpa) && translation.hpa.pfn().0 < control(0).0 => {}
-        Err(WalkError::Fault(_)) => {}
-        Ok(_) | Err(WalkError::Abort(_)) => {
-            figures.skipped += 1;
-            return;
-        }
+    let access = random.pick(&[GuestAccess::Read, GuestAccess::Write, fetch]);
+    let (gpa, way) = if random.below(2) == 0 {
+        let gpa = tables.probe_at(random);
+        (gpa, Way::plain(gpa))
+    } else {
+        let gpa = place::<P>(&walker, tables, access, random);
+        let way = Way::through(random, gpa, access, |random| {
+            place::<P>(&walker, tables, GuestAccess::TableRead, random)
+        });
+        (gpa, way)
+    };
+    let Some(plan) = Plan::new::<P>(&walker, tables.root.address(), &way, gpa, access) else {
+        figures.skipped += 1;
+        return;
+    };
+    for (entry, &word) in way.entries.iter().zip(&plan.words) {
+        memory::store(word, entry.value);
     }
-    let expected = walk(false);
+
+    // The reference makes them, of which only the last one can fault.
+    let root = walker.at_root(tables.root.address());
+    let look = |at: Gpa, access| walker.walk_on(&ReadOnly(Copy), root, at, access, |_| {});
+    let mut last = None;
+    for &(at, part) in &plan.accesses {
+        let ended = walker.walk_on(&Copy, root, at, part, |_| {});
+        if part.is_to_paging_structure() && ended.is_err() {
+            figures.table_faults += 1;
+            let readable = look(at, GuestAccess::Read).is_ok();
+            figures.tables_not_writable += u64::from(readable);
+        }
+        figures.table_entries += u64::from(part == GuestAccess::TableRead && ended.is_ok());
+        last = Some(ended);
+    }
+    let expected = last.expect("there is one at least");
     let value = mix(gpa.0 ^ random.any());
     let mut wanted = match expected {
         Ok(translation) => {
@@ -256,45 +372,77 @@ fn check<P: Processor>(
     };
     let [a, b, c] = processor.call().map(u64::from);
     let hpa = expected.ok().map(|translation| translation.hpa);
-    if let (Some(hpa), GuestAccess::Fetch) = (hpa, access) {
+    if let (Some(hpa), true) = (hpa, access.is_fetch()) {
         memory::store(hpa, a | b << 8 | c << 16);
     }
-    let before = flags::<P>(tables, gpa);
-    let mut seen = processor.access(tables.pointer, gpa, access, value);
+    let flags = || {
+        let sums = plan.accesses.iter().map(|&(at, _)| flags::<P>(tables, at));
+        sums.fold(0, |sum: u64, flags| sum.rotate_left(1) ^ flags)
+    };
+    let before = flags();
+    let mut seen = processor.access(tables.pointer, way.linear, access, user, value);
+    figures.flags_set += u64::from(flags() != before);
+    figures.by_user += u64::from(user);
+    figures.probes += 1;
     if let Some(hpa) = hpa {
         if access == GuestAccess::Write && memory::load(hpa) != value {
             seen = Seen::Other(memory::load(hpa));
         }
-        memory::store(hpa, hpa.0);
+        for (entry, &word) in way.entries.iter().zip(&plan.words) {
+            let (live, marked) = (memory::load(word), entry.value | entry.missing);
+            if live != marked && seen == wanted {
+                (seen, wanted) = (Seen::Entry(live), Seen::Entry(marked));
+            }
+            figures.table_flags_set += u64::from(entry.missing != 0);
+        }
+        figures.named_differences.walks += plan.left_out;
     } else {
         let reserved = matches!(wanted, Seen::Misconfigured { .. })
             || matches!(wanted, Seen::Fault { code, .. } if P::Format::fault_code(code).reserved);
         figures.malformed += u64::from(reserved);
         figures.faults += u64::from(!reserved);
     }
-    figures.flags_set += u64::from(flags::<P>(tables, gpa) != before);
-    figures.probes += 1;
-    // What the copy holds says where the way leads; what the processor walked has to be the same there.
+    plan.words
+        .iter()
+        .for_each(|&word| memory::store(word, word.0));
+    if seen != wanted && processor.reports_otherwise(seen, wanted) {
+        figures.named_differences.codes += 1;
+        seen = wanted;
+    }
+    // What the copy holds says where the ways lead; what the processor walked has to be the same there. The walk that faulted
+    // comes after those that did not, and the page that was not looked up any more comes last.
     let copy = |hpa: Hpa| tdp_arch::walker::PhysicalMemory::load(&Copy, hpa);
-    for (at, level) in path::<P::Format>(tables.root, gpa, copy) {
-        let (live, reference) = (memory::load(at), copy(at).unwrap_or(0));
-        if live == reference {
-            continue;
-        }
-        memory::store(at, reference);
-        let only_accessed = live ^ reference == P::Format::ACCESSED;
-        if expected.is_err() && only_accessed && processor.marks_otherwise(level) {
-            figures.named_differences += 1;
-        } else if seen == wanted {
-            (seen, wanted) = (Seen::Entry(live), Seen::Entry(reference));
+    let made = plan.accesses.len();
+    let ways = plan.accesses.iter().map(|&(at, _)| at).chain([gpa]);
+    for (number, at) in ways.clone().enumerate() {
+        let faulted = expected.is_err() && number + 1 == made;
+        for (entry, level) in path::<P::Format>(tables.root, at, copy) {
+            let (live, reference) = (memory::load(entry), copy(entry).unwrap_or(0));
+            if live == reference {
+                continue;
+            }
+            memory::store(entry, reference);
+            let only_accessed = live ^ reference == P::Format::ACCESSED;
+            if faulted && only_accessed && processor.marks_otherwise(level, live, reference) {
+                figures.named_differences.accessed += 1;
+            } else if seen == wanted {
+                (seen, wanted) = (Seen::Entry(live), Seen::Entry(reference));
+            }
         }
     }
     if seen != wanted {
         figures.mismatches += 1;
         if figures.mismatches <= 8 {
-            println!("{access:?} of {gpa}: {seen:x?}, the reference says {wanted:x?}");
-            for (at, level) in path::<P::Format>(tables.root, gpa, copy) {
-                println!("  {level} at {at}: {:#018x}", memory::load(at));
+            let who = if user { "user" } else { "kernel" };
+            println!("{access:?} of {gpa} by the {who}: {seen:x?}, the reference says {wanted:x?}");
+            for entry in &way.entries {
+                println!("  through {entry:x?}");
+            }
+            for at in ways {
+                println!("  {at}:");
+                for (entry, level) in path::<P::Format>(tables.root, at, copy) {
+                    println!("    {level} at {entry}: {:#018x}", memory::load(entry));
+                }
             }
         }
     }

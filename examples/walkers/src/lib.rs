@@ -2,14 +2,17 @@
 //!
 //! Protocol. In each round the library builds tables by random operations ([`tables`]). They are kept three times: as they
 //! are, for the processor; a copy for the reference walker; and a copy to go back to. Some entries are then spoilt, alike in
-//! both. Each probe is one access of a guest: the reference walks its copy and says what is to happen and which word is
-//! reached, the processor makes the access with nothing cached, and what it reports, which word it reached and every entry
-//! on the way, accessed and dirty bits included, has to be the same ([`check`]).
+//! both. Each probe is one access of a guest, by its kernel or its user, and half of them lead through page tables of the
+//! guest's that lie in memory like any other ([`guest`]): the reference walks its copy for each of them and for the access,
+//! and says what is to happen and which word is reached. The processor makes the access with nothing cached, and what it
+//! reports, which word it reached and every entry on the way, accessed and dirty bits included, has to be the same
+//! ([`check`]).
 #![no_std]
 
 extern crate alloc;
 
 pub mod check;
+pub mod guest;
 pub mod memory;
 pub mod tables;
 

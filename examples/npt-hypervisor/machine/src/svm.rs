@@ -126,6 +126,7 @@ const SS: usize = 0x420;
 const DS: usize = 0x430;
 const GDTR: usize = 0x460;
 const IDTR: usize = 0x480;
+const PRIVILEGE: usize = 0x4cb;
 const GUEST_EFER: usize = 0x4d0;
 const CR4: usize = 0x548;
 const CR3: usize = 0x550;
@@ -233,6 +234,14 @@ impl ControlBlock {
         const CALL_BYTES: u64 = 3;
         let rip = self.read(RIP);
         self.write(RIP, rip + CALL_BYTES);
+    }
+
+    /// Goes on at the user's privilege, or at the kernel's.
+    pub fn set_user(&mut self, user: bool) {
+        let level: u16 = if user { 3 } else { 0 };
+        self.segment(CS, 8 | level, 0xa9b | level << 5);
+        self.segment(SS, 16 | level, 0xc93 | level << 5);
+        self.write(PRIVILEGE, level as u8);
     }
 
     /// Goes on elsewhere.

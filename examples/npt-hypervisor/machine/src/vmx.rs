@@ -212,6 +212,16 @@ impl Guest {
         }
     }
 
+    /// Goes on at the user's privilege, or at the kernel's.
+    pub fn set_user(&mut self, user: bool) {
+        let level = if user { 3 } else { 0 };
+        // CS and SS: selector, access rights.
+        for (segment, selector, rights) in [(1, 8, 0xa09b), (2, 16, 0xc093)] {
+            write(0x800 + 2 * segment, selector | level);
+            write(0x4814 + 2 * segment, rights | level << 5);
+        }
+    }
+
     /// Runs the guest from `rip` on with the extended page tables at `pointer`, of which nothing is cached.
     ///
     /// # Panics

@@ -7,13 +7,28 @@ extern crate alloc;
 use core::arch::x86_64::__cpuid;
 use machine::vmx::{self, Exit, Guest};
 use machine::{BootInfo, println};
-use tdp::{AdBits, Ept, Gpa, Level};
+use tdp::{AdBits, Ept, Format, Level};
 use tdp_arch::walker::{EptConfig, EptFault, EptWalker, GuestAccess};
-use walkers::check::{self, CR3, Processor, Seen};
+use walkers::check::{self, Processor, Seen};
+use walkers::guest::{self, CR3};
 
 struct Vmx {
     guest: Guest,
     config: EptConfig,
+}
+
+/// What Bochs reports of a violation where the manual has `qualification`: of a read of a guest's page table that counts as a
+/// write, bit 1. The manual has bits 0 and 1 set (SDM, table 28-7).
+fn as_bochs(qualification: u64) -> u64 {
+    const READ: u64 = 1 << 0;
+    const WRITE: u64 = 1 << 1;
+    const LINEAR: u64 = 1 << 7;
+    const FINAL: u64 = 1 << 8;
+    if qualification & (READ | WRITE | LINEAR | FINAL) == READ | WRITE | LINEAR {
+        qualification & !READ
+    } else {
+        qualification
+    }
 }
 
 impl Processor for Vmx {
@@ -37,20 +52,47 @@ impl Processor for Vmx {
         [0x0f, 0x01, 0xc1]
     }
 
-    /// Bochs sets the bits when it has come to the end of a walk without a fault, as the manual allows.
-    fn marks_otherwise(&self, _level: Level) -> bool {
-        true
+    /// Bit 12 of what maps a large page: the manual has all bits of the address below the page's size zero (SDM 29.3.2), Bochs
+    /// leaves out the one that is PAT in other tables.
+    fn unchecked(level: Level, entry: u64) -> u64 {
+        if level != Level::L1 && entry & Ept::LARGE != 0 {
+            1 << 12
+        } else {
+            0
+        }
     }
 
-    fn access(&mut self, pointer: u64, gpa: Gpa, access: GuestAccess, value: u64) -> Seen {
-        self.guest.registers.rdi = gpa.0;
+    /// Bochs sets the bits when it has come to the end of a walk without a fault, as the manual allows.
+    fn marks_otherwise(&self, _level: Level, live: u64, _reference: u64) -> bool {
+        live & Ept::ACCESSED == 0
+    }
+
+    fn reports_otherwise(&self, seen: Seen, wanted: Seen) -> bool {
+        match wanted {
+            Seen::Fault { code, gpa } => {
+                let code = as_bochs(code);
+                seen == Seen::Fault { code, gpa }
+            }
+            _ => false,
+        }
+    }
+
+    /// Bochs writes flags to where it has read the entry. The manual has that for a write, which the extended page tables must
+    /// allow (SDM 29.3.3.2); with accessed and dirty bits the read itself counts as one, without them nobody looks.
+    const WALKS_FOR_FLAGS: bool = false;
+
+    fn access(
+        &mut self,
+        pointer: u64,
+        linear: u64,
+        access: GuestAccess,
+        user: bool,
+        value: u64,
+    ) -> Seen {
+        self.guest.registers.rdi = linear;
         self.guest.registers.rsi = value;
-        let rip = match access {
-            GuestAccess::Read => check::READ,
-            GuestAccess::Write => check::WRITE,
-            _ => check::FETCH,
-        };
-        match self.guest.run(pointer, rip) {
+        self.guest.set_user(user);
+        match self.guest.run(pointer, guest::program(access)) {
             Exit::Call => {
                 Seen::Done((access == GuestAccess::Read).then_some(self.guest.registers.rax))
             }
