@@ -290,7 +290,7 @@ impl Reader {
     /// Enters a section: what is reachable from here on stays until the section is dropped.
     ///
     /// Writes this reader's own line, and no other memory is touched. If the section is forgotten, the garbage of
-    /// the domain waits until a later one of this reader ends or the reader is dropped.
+    /// the domain waits until the next one of this reader begins or the reader is dropped.
     #[inline]
     pub fn enter(&mut self) -> Section<'_> {
         let record: &Record = &self.record;

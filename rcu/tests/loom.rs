@@ -29,6 +29,8 @@ fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Syn
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
     builder.max_duration = time_limit();
+    // The time is looked at as often as this.
+    builder.checkpoint_interval = 500;
     builder.max_branches = 10_000;
     let start = Instant::now();
     builder.check(move || {

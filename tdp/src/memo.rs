@@ -136,7 +136,7 @@ impl Wish {
 
 #[allow(unsafe_code)]
 // UNSAFETY: the slot is a raw pointer, which the compiler takes for thread-bound.
-// SAFETY: it is dereferenced in `Current::slot` only, under the rule of the stamp, whichever thread runs it; a slot may be used from
+// SAFETY: it is dereferenced in `Current::last_slot` only, under the rule of the stamp, whichever thread runs it; a slot may be used from
 // any thread because `B` is `Send` and `Sync`.
 unsafe impl<B: Send + Sync> Send for Memo<B> {}
 

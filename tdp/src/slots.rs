@@ -351,7 +351,8 @@ impl<B: Clone> Snapshot<B> {
         let id = slot.id;
         slot.bitmap = None;
         let mut next = self.next();
-        next.put(slot);
+        // It may be a copy of one that was going away.
+        next.put(slot.changing(false));
         Ok((next, id))
     }
 
@@ -414,5 +415,19 @@ impl<B> Slot<B> {
         let plain = self.flags.is_empty() && !self.changing;
         self.plain_pages = if plain { self.pages } else { 0 };
         self
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_of_a_slot_that_goes_away_can_be_used() {
+        let leaving = Slot::new(Gfn(0)..Gfn(8), ()).changing(true);
+        assert!(!leaving.contains_plain(Gfn(0)));
+        let (slots, _) = Snapshot::empty().with(leaving, Gfn(64)).expect("room");
+        let slot = slots.find(AddressSpaceId(0), Gfn(7)).expect("a slot");
+        assert!(!slot.changing && slot.contains_plain(Gfn(7)) && !slot.contains_plain(Gfn(8)));
     }
 }

@@ -63,6 +63,8 @@ pub(crate) fn explore(
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
     builder.max_duration = time_limit();
+    // The time is looked at as often as this.
+    builder.checkpoint_interval = 500;
     builder.max_branches = 20_000;
     let start = Instant::now();
     let model = Arc::new(model);

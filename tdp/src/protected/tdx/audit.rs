@@ -3,7 +3,8 @@
 //! Protocol. Every host call that is refused is judged. What a correct host meets is not noted: locks, interrupts, a
 //! TRACK or a removal that has to wait for vCPUs. All else is: a wrong state, a wrong page, a walk that ends early, a
 //! removal without a TRACK since the block. What the guest does wrong is not the host's fault, nor is that some pages of a
-//! table to be merged are accepted and others are not; injected refusals are nobody's. The number is exact; of the notes themselves only the first [`KEPT`] are kept.
+//! table to be merged are accepted and others are not; injected refusals are nobody's. The number is exact; of the notes
+//! themselves only the first [`KEPT`] are kept.
 
 use super::calls::Call;
 use super::status::{Answer, Refusal};
