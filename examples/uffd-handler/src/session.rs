@@ -639,7 +639,11 @@ impl Shared {
         let mut family = lock(&self.family);
         family.expected -= 1;
         let child = child?;
-        if !family.over {
+        if family.over {
+            // Its threads are waited for, and may wait for the family.
+            drop(family);
+            drop(child);
+        } else {
             family.children.push(child);
         }
         Ok(())
