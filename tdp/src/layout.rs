@@ -3,9 +3,9 @@
 
 use crate::mmu::Shared;
 use crate::software::SoftwareHost;
-use crate::vcpu::{Context, Vcpu, VcpuCore};
+use crate::vcpu::Vcpu;
 use core::ops::Range;
-use memoffset::{offset_of, span_of};
+use memoffset::span_of;
 use std::vec::Vec;
 use tdp_arch::Ept;
 
@@ -53,9 +53,13 @@ fn two_vcpus_side_by_side_share_no_line() {
     assert_eq!(size_of::<Vcpu<Ept, SoftwareHost>>() % LINE, 0);
 }
 
-/// What the straight path of a fault reads of its vCPU, but for one remembered table, is in the first line.
+/// What the straight path of a fault reads of its vCPU, but for one remembered table, is in the first line. With events a
+/// remembered table is larger and aligned to more, which leaves a gap before the memo.
+#[cfg(not(feature = "tracing"))]
 #[test]
 fn a_fault_reads_one_line_of_its_vcpu() {
+    use crate::vcpu::{Context, VcpuCore};
+    use memoffset::offset_of;
     type Core = VcpuCore<Ept, SoftwareHost>;
     type Ctx = Context<Ept, SoftwareHost>;
     let core = offset_of!(Vcpu<Ept, SoftwareHost>, core);

@@ -1,4 +1,5 @@
-//! The shared half: what a vCPU reaches while its memory is taken back, its slot goes, its log is read.
+//! The shared half: what a vCPU reaches while its memory is taken back, its slot goes, its leaves change their size, its log is
+//! read.
 //!
 //! A host frame that was given away is noted at the moment from which nobody may reach it. A vCPU that is inside lets the
 //! others run between its access and what it does with the frame, so that a flush that does not wait for it is seen.
@@ -18,6 +19,8 @@ const SPACE: AddressSpaceId = AddressSpaceId(0);
 const GFNS: [u64; 3] = [0x1ff, 0x200, 0x201];
 const ALL: std::ops::Range<Gfn> = Gfn(0)..Gfn(0x400);
 const FIRST: Pfn = Pfn(1 << 24);
+/// Where pages are moved to.
+const ELSEWHERE: Pfn = Pfn(1 << 33);
 /// Times that a guest tries again before it lets it be.
 const MOST_TRIES: usize = 6;
 
@@ -101,7 +104,7 @@ fn invalidation<F: Processor>() {
                 let guard = rig.mmu.invalidate_begin(SPACE, range);
                 let flushed = guard.zap().flush();
                 let old = FIRST.0 + gfn;
-                let new = Pfn((1 << 33) + n as u64);
+                let new = Pfn(ELSEWHERE.0 + n as u64);
                 rig.host().script().moved.insert(old, new);
                 guard.end(flushed);
                 gone.add([old]);
@@ -135,6 +138,50 @@ fn slots<F: Processor>() {
             gone.add(GFNS.map(|gfn| FIRST.0 + gfn));
             let other = slot(Pfn(1 << 25));
             rig.mmu.slots().insert(other).expect("a free range");
+        });
+    });
+    at_rest(&rig);
+}
+
+/// Two vCPUs on large leaves, which are split and put together again while a page of them moves and tables are unlinked.
+fn sizes<F: Processor>() {
+    let rig = Rig::<F>::with(RigSetup {
+        max_leaf: Level::L2,
+        ..setup()
+    });
+    let large = Slot::new(ALL, Memory::new(FIRST, Level::L2));
+    rig.mmu.slots().insert(large).expect("a free range");
+    let moves = GFNS[2];
+    let gone = Gone::default();
+    let cpus = [rig.processor(rig.vcpu()), rig.processor(rig.vcpu())];
+    shuttle::thread::scope(|scope| {
+        for (mut cpu, kind) in cpus.into_iter().zip([Access::Read, Access::Write]) {
+            let gone = &gone;
+            scope.spawn(move || {
+                for gfn in [0x200, 0x1fe, 0x201, 0x1ff, 0x202, 0x1fd, 0x203] {
+                    access(&mut cpu, gfn, kind, |pfn| {
+                        let at_first = Pfn(FIRST.0 + gfn);
+                        assert!(pfn == at_first || gfn == moves && pfn == ELSEWHERE);
+                        gone.check(pfn);
+                    });
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..2 {
+                rig.mmu.split(SPACE, ALL, Level::L1).expect("frames");
+                shuttle::thread::yield_now();
+                rig.mmu.collapse(SPACE, ALL).flush();
+            }
+            rig.mmu.zap(SPACE, Gfn(0)..Gfn(0x200)).flush();
+        });
+        scope.spawn(|| {
+            let range = GfnRange::new(Gfn(moves), 1).expect("a frame");
+            let guard = rig.mmu.invalidate_begin(SPACE, range);
+            let flushed = guard.zap().flush();
+            rig.host().script().moved.insert(FIRST.0 + moves, ELSEWHERE);
+            guard.end(flushed);
+            gone.add([FIRST.0 + moves]);
         });
     });
     at_rest(&rig);
@@ -205,6 +252,16 @@ fn ept_takes_a_slot_away() {
 #[test]
 fn npt_takes_a_slot_away() {
     explore(slots::<Npt>);
+}
+
+#[test]
+fn ept_changes_sizes_under_its_vcpus() {
+    explore(sizes::<Ept>);
+}
+
+#[test]
+fn npt_changes_sizes_under_its_vcpus() {
+    explore(sizes::<Npt>);
 }
 
 #[test]
