@@ -6,8 +6,8 @@
 //! loom's `AtomicU64`, and [`Mutex`] is std's with poison ignored, spin's without std, or loom's. The mutex is for the
 //! control plane only; nothing that a fault runs takes one.
 
-// UNSAFETY: `as_u64` looks at an `Atomic<T>` as the integer that it is, and loom's stand-in turns integers back into the
-// `T` that they were made from.
+// UNSAFETY: `fill_unshared` writes to atomics as if they were none, two hints to the processor have no safe form, boxed words
+// are taken for `Plain`s, and loom's stand-in turns integers back into the `T` that they were made from.
 #![allow(unsafe_code)]
 
 use bytemuck::Pod;
@@ -63,24 +63,6 @@ const _: () = {
     assert!(size_of::<Atomic<u64>>() == 8 && align_of::<Atomic<u64>>() == 8);
     assert!(size_of::<[Atomic<u64>; 512]>() == 4096);
 };
-
-/// Looks at an atomic 8-byte value as the integer that it is, for the read-modify-writes on single bits
-/// (`fetch_or`, `fetch_and`, `fetch_add`) which [`Atomic`] offers for integers only.
-///
-/// `T: Pod` says that whatever bits they leave behind are a `T`. A `T` that is not 8 bytes wide and aligned does not compile.
-#[inline(always)]
-pub fn as_u64<T: Pod>(atomic: &Atomic<T>) -> &AtomicU64 {
-    const { assert!(size_of::<T>() == 8 && align_of::<T>() == 8) };
-    #[cfg(not(loom))]
-    {
-        // SAFETY: (1) `Atomic<T>` is `repr(transparent)` over an `UnsafeCell` of a `T`, which is as large and aligned
-        // as an `AtomicU64` (asserted above); (2) both access it by 64-bit atomic instructions only; (3) `T: Pod`, so
-        // every bit pattern written through the one view is valid in the other; (4) the lifetime is the argument's.
-        unsafe { &*core::ptr::from_ref(atomic).cast::<AtomicU64>() }
-    }
-    #[cfg(loom)]
-    atomic.bits()
-}
 
 /// Stores to atomics that nobody else can reach yet, by plain stores that the compiler may widen.
 ///
@@ -156,19 +138,6 @@ impl<T> Mutex<T> {
         #[cfg(not(any(feature = "std", loom, shuttle)))]
         return self.0.lock();
     }
-
-    /// Takes the lock if it is free now.
-    #[inline]
-    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        #[cfg(any(feature = "std", loom, shuttle))]
-        return match self.0.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(std::sync::TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
-            Err(std::sync::TryLockError::WouldBlock) => None,
-        };
-        #[cfg(not(any(feature = "std", loom, shuttle)))]
-        return self.0.try_lock();
-    }
 }
 
 impl<T: Default> Default for Mutex<T> {
@@ -224,15 +193,6 @@ impl Backoff {
         return self.inner.is_completed();
         #[cfg(any(loom, shuttle))]
         return self.rounds.get() >= 2;
-    }
-
-    /// Begins again.
-    #[inline]
-    pub fn reset(&self) {
-        #[cfg(not(any(loom, shuttle)))]
-        self.inner.reset();
-        #[cfg(any(loom, shuttle))]
-        self.rounds.set(0);
     }
 }
 
@@ -377,12 +337,8 @@ mod model {
 
         fn of_bits(bits: u64) -> T {
             // SAFETY: both are 8 bytes (asserted in `to_bits`, without which no `Atomic<T>` is made), and the bits
-            // came from a `T`: by `to_bits`, or through `as_u64`, which asks for `T: Pod`.
+            // came from a `T`, by `to_bits`.
             unsafe { core::mem::transmute_copy(&bits) }
-        }
-
-        pub(super) fn bits(&self) -> &AtomicU64 {
-            &self.bits
         }
 
         /// Makes an atomic that holds `value`.

@@ -441,3 +441,27 @@ fn a_visit_of_another_domain_is_no_obstacle() {
     drop(w.domain.visit());
     w.domain.synchronize();
 }
+
+/// An embedder's own types hold these, and are looked at while a thread hangs.
+#[test]
+fn each_handle_says_what_it_is_while_it_is_in_use() {
+    let w = world(1000);
+    let mut reader = w.domain.reader();
+    let notes = reader.notes();
+    notes.words()[1].set(0x5eed);
+    w.retire();
+    let shown = format!("{:?}", w.domain);
+    for part in ["Domain", "readers: 1", "retired: 1", "pending: 1"] {
+        assert!(shown.contains(part), "{shown}");
+    }
+    assert!(format!("{notes:?}").contains(&0x5eed.to_string()));
+    assert!(format!("{reader:?}").starts_with("Reader"));
+    let section = reader.enter();
+    assert!(format!("{section:?}").starts_with("Section"));
+    let visit = w.domain.visit();
+    assert!(format!("{visit:?}").starts_with("Visit"));
+    let mutex = tdp_rcu::sync::Mutex::new(7);
+    let _held = mutex.lock();
+    // Not the value: that would wait for who holds the lock.
+    assert_eq!(format!("{mutex:?}"), "Mutex { .. }");
+}
