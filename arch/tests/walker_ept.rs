@@ -392,3 +392,51 @@ fn impossible_configurations_are_refused() {
         .is_ok()
     );
 }
+
+/// A log shows of a fault what the VM exit would have: which kind, where, and the qualification.
+#[test]
+fn a_fault_says_what_the_exit_says() {
+    let absent = walk(plain(), &memory_with(GPA, &[7, 0]), GuestAccess::Read);
+    let malformed = walk(plain(), &memory_with(GPA, &[7, 0b010]), GuestAccess::Read);
+    for (result, kind) in [(absent, "violation"), (malformed, "misconfiguration")] {
+        let error = result.expect_err("nothing is mapped");
+        let fault = error.fault().expect("the processor's own");
+        assert_eq!(fault.gpa(), GPA);
+        let said = fault.to_string();
+        assert!(
+            said.contains(kind) && said.contains(&GPA.to_string()),
+            "{said}"
+        );
+        assert_eq!(error.to_string(), said);
+        if let EptFault::Violation(violation) = fault {
+            let qualification = format!("{:#x}", violation.qualification);
+            assert!(said.ends_with(&qualification), "{said}");
+        }
+    }
+    let config = mode_based();
+    assert_eq!(*walker(config).config(), config);
+}
+
+/// What is no fault of the processor is not taken for one.
+#[test]
+fn an_abort_is_no_fault() {
+    let mut memory = memory_with(GPA, &[7, 7]);
+    memory.end = ROOT.0 + 0x1000;
+    let error = walk(plain(), &memory, GuestAccess::Read).expect_err("there is no memory");
+    assert!(matches!(error, WalkError::Abort(Abort::NoMemory { .. })));
+    assert_eq!(error.fault(), None);
+}
+
+/// A walk through a reference to memory stores its flags there all the same.
+#[test]
+fn flags_are_stored_through_a_reference() {
+    let config = EptConfig {
+        accessed_dirty: true,
+        ..plain()
+    };
+    let memory = memory_with(GPA, &[7, 7, 7, PAGE | WB | 7]);
+    walker(config)
+        .walk(&&memory, ROOT, GPA, GuestAccess::Write)
+        .expect("mapped");
+    assert_eq!(memory.exchanges.get(), 4);
+}

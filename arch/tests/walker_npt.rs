@@ -472,3 +472,18 @@ fn impossible_configurations_are_refused() {
         Err(ConfigError::RootLevel(Level::L3))
     );
 }
+
+/// A log shows of a fault what the VMCB would: where, and the error code.
+#[test]
+fn a_fault_says_what_the_exit_says() {
+    let error = outcome(plain(), &[P | RW | US, 0], GuestAccess::Write).expect_err("nothing there");
+    let fault = error.fault().expect("the processor's own");
+    assert_eq!(fault.gpa(), GPA);
+    let said = fault.to_string();
+    let code = format!("{:#x}", fault.exit_info_1);
+    assert!(
+        said.contains(&GPA.to_string()) && said.ends_with(&code),
+        "{said}"
+    );
+    assert_eq!(*walker(plain()).config(), plain());
+}

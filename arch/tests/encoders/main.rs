@@ -268,6 +268,20 @@ fn patterns_are_absent<F: Machine>(
     Ok(())
 }
 
+/// A word that comes near one of those, and that nobody writes, is told apart from them: an audit has to see it.
+fn a_stray_word_is_none_of_them<F: Machine>(flipped: u32) -> Result<(), TestCaseError> {
+    for pattern in [F::FROZEN, F::SEALED] {
+        let stray = Spte(pattern.0 ^ (1 << flipped));
+        if F::is_mmu_present(stray) || F::mmio_entry(stray).is_some() {
+            continue;
+        }
+        for level in Level::ALL {
+            prop_assert_eq!(F::decode(stray, level), Decoded::Unknown, "{:?}", stray);
+        }
+    }
+    Ok(())
+}
+
 /// An MMIO entry exits as malformed whatever the access, and remembers frame and generation.
 fn mmio_is_malformed<F: Machine>(
     setup: Setup,
@@ -392,6 +406,7 @@ properties! {
     software_bits(scene in scenes(), access in accesses(), bits in any::<u8>()) = software_bits_mean_nothing;
     access_tracked(scene in scenes(), access in accesses()) = an_access_tracked_leaf_faults;
     patterns(setup in setups(), gpa in (0..1u64 << 48).prop_map(Gpa), access in accesses()) = patterns_are_absent;
+    stray_words(flipped in 0..64u32) = a_stray_word_is_none_of_them;
     mmio(
         setup in setups(),
         gfn in (0..1u64 << 41).prop_map(Gfn),
