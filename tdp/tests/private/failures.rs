@@ -5,7 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use tdp::protected::tdx::{Call, Operand, Status};
 use tdp::protected::{HandOffCause, HandOffStep};
-use tdp::{ConvertError, Gfn, Level, MemoryFault, Outcome, RetryReason};
+use tdp::{
+    ConvertError, FaultError, Gfn, Level, MemoryFault, OutOfFrames, Outcome, Pfn, ProtectedTable,
+    RetryReason,
+};
 
 /// Answers every `every`-th call of a kind as busy.
 fn busy(every: u64) -> impl FnMut(Call) -> Option<(Status, Operand)> + Send {
@@ -38,6 +41,33 @@ fn busy_calls_are_made_again() {
     rig.check();
 }
 
+/// Whatever lock the module was found to be busy with, and in whatever words it says "again".
+#[test]
+fn every_answer_that_says_again_is_met_by_the_call_again() {
+    let answers = [
+        (Status::OperandBusy, Operand::RCX),
+        (Status::OperandBusy, Operand::R8),
+        (Status::OperandBusy, Operand::TDR),
+        (Status::OperandBusy, Operand::SEPT_TREE),
+        (Status::OperandBusyHostPriority, Operand::RCX),
+        (Status::PreviousTlbEpochBusy, Operand::NONE),
+        (Status::InterruptedRestartable, Operand::NONE),
+        (Status::TlbTrackingNotDone, Operand::RCX),
+    ];
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for (n, answer) in (0..).zip(answers) {
+        let mut once = Some(answer);
+        rig.script
+            .refuse(move |call| once.take_if(|_| call == Call::MemPageAug));
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1), "{answer:?}");
+    }
+    rig.script.clear();
+    let busy = rig.mmu.stats().protected.busy_of(HandOffStep::Install);
+    assert_eq!(busy, answers.len() as u64);
+    rig.check();
+}
+
 #[test]
 fn a_refused_link_and_a_refused_install_change_nothing() {
     let rig = Rig::running(Level::L1);
@@ -58,6 +88,22 @@ fn a_refused_link_and_a_refused_install_change_nothing() {
     drop(vcpu);
     // Twins are with the TD or back home, none is lost.
     assert_eq!(rig.table().twins_out(), twins + 3);
+    rig.check();
+}
+
+#[test]
+fn a_fault_without_a_page_for_a_table_changes_nothing() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    let mut taken = vec![Pfn(0); 1 << 13];
+    let count = rig.table().allocate_twins(&mut taken).unwrap();
+    assert!(count > 1000, "{count}");
+    let none = rig.table().allocate_twins(&mut [Pfn(0)]);
+    assert_eq!(none, Err(OutOfFrames { limit: count }));
+    assert_eq!(vcpu.fault(private(9)), Err(FaultError::OutOfFrames));
+    assert_eq!((rig.mmu.stats().tables, rig.mmu.stats().pages), (0, [0; 3]));
+    rig.table().free_twins(&taken[..count]);
+    assert_eq!(vcpu.fault(private(9)), fixed(Level::L1));
     rig.check();
 }
 
@@ -167,6 +213,36 @@ fn leave_blocked(rig: &Rig, call: Call) {
     }));
     assert!(zap.is_err());
     rig.script.clear();
+}
+
+/// Calls of a sweep that stay busy are given up at last; a fault that needs what they were for goes on with it all the same.
+#[test]
+fn a_fault_outlasts_a_split_and_a_ticket_that_were_given_up() {
+    for call in [Call::MemPageDemote, Call::MemTrack] {
+        let rig = Rig::running(Level::L2);
+        let mut vcpu = rig.vcpu();
+        assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+        let splits = call == Call::MemPageDemote;
+        if !splits {
+            leave_blocked(&rig, call);
+        }
+        // More than a sweep makes.
+        let mut left = 1700;
+        rig.script.refuse(move |now| {
+            if now != call || left == 0 {
+                return None;
+            }
+            left -= 1;
+            Some((Status::OperandBusy, Operand::RCX))
+        });
+        let wanted = if splits { Level::L1 } else { Level::L2 };
+        let outcome = vcpu.fault(private(3).max_level(wanted));
+        assert_eq!(outcome, Ok(Outcome::Spurious), "{call}");
+        let pages = if splits { [512, 0, 0] } else { [0, 1, 0] };
+        assert_eq!(rig.mmu.stats().pages, pages);
+        rig.script.clear();
+        rig.check();
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tdp::protected::{
 use tdp::{
     AddressSpaceId, ConvertError, EntryPlace, Ept, Fault, FaultError, FrozenEntry, Gfn, ImageError,
     Level, LinearBacking, MemoryFault, MmapPool, Mmu, OutOfFrames, Outcome, Pfn, Phase, PoolConfig,
-    ProtectedTable, Slot, SlotFlags, SoftwareHost, TlbTracker, Visibility,
+    ProtectedTable, RetryReason, Slot, SlotFlags, SoftwareHost, TlbTracker, Visibility,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -18,6 +18,8 @@ const PRIVATE: Pfn = Pfn(0x10_0000);
 const MANY: HandOffStep = HandOffStep::Merge;
 /// Under which the answers to the end of the building are; it reclaims nothing either.
 const FINALISE: HandOffStep = HandOffStep::Reclaim;
+/// Under which those of calls that are gone on with are; it splits nothing either.
+const RESUME: HandOffStep = HandOffStep::Split;
 
 #[derive(Default)]
 struct State {
@@ -28,6 +30,8 @@ struct State {
     /// Tokens that `resume` was called with.
     resumed: Vec<u64>,
     donated: u32,
+    /// There are no pages to be donated.
+    stingy: bool,
     /// Tickets begun.
     tickets: u64,
     /// The ticket that does not drain.
@@ -79,7 +83,11 @@ impl ProtectedTable for Scripted {
     }
 
     fn donate(&self, pages: u32) -> Result<(), OutOfFrames> {
-        self.state.lock().unwrap().donated += pages;
+        let mut state = self.state.lock().unwrap();
+        if state.stingy {
+            return Err(OutOfFrames { limit: 0 });
+        }
+        state.donated += pages;
         Ok(())
     }
 
@@ -158,6 +166,10 @@ impl ProtectedTable for Scripted {
     fn resume(&self, _: &FrozenEntry<'_>, token: Token) -> Result<(), Failure> {
         let mut state = self.state.lock().unwrap();
         state.resumed.push(token.0);
+        let answers = state.answers.get_mut(&RESUME);
+        if let Some(failure) = answers.and_then(VecDeque::pop_front) {
+            return Err(failure);
+        }
         match token.0 {
             0 => Ok(()),
             left => Err(Failure::Incomplete(Token(left - 1))),
@@ -369,6 +381,42 @@ fn an_incomplete_call_is_gone_on_with_until_it_is_done() {
     check(&mmu);
 }
 
+/// It has begun: nothing but its end can follow, however long the module is busy, and what it says then is final.
+#[test]
+fn an_incomplete_call_is_gone_on_with_however_often_the_module_is_busy() {
+    let resumable = Capabilities::none().needs_link().needs_block().resumable();
+    let begun = || Failure::Incomplete(Token(2));
+    let state = |mmu: &TestMmu| {
+        mmu.host()
+            .protected_table()
+            .state
+            .lock()
+            .unwrap()
+            .resumed
+            .clone()
+    };
+    let mmu = guest(resumable);
+    script(&mmu, HandOffStep::Install, [begun()]);
+    let again = [busy(Scope::Entry), Failure::NotDrained, Failure::Restart];
+    script(&mmu, RESUME, again);
+    assert_eq!(touch(&mmu, 3), FIXED);
+    assert_eq!(state(&mmu), [2, 2, 2, 2, 1, 0], "with the same token");
+    check(&mmu);
+    let mmu = guest(resumable);
+    script(&mmu, HandOffStep::Link, [begun()]);
+    script(&mmu, RESUME, [Failure::Refused(7)]);
+    assert_eq!(touch(&mmu, 3), REFUSED);
+    assert_eq!(mmu.phase(), Some(Phase::Running));
+    check(&mmu);
+    assert_eq!(touch(&mmu, 3), FIXED);
+    let mmu = guest(resumable);
+    script(&mmu, HandOffStep::Link, [begun()]);
+    script(&mmu, RESUME, [Failure::NeedPages(1)]);
+    assert_eq!(touch(&mmu, 3), REFUSED);
+    assert_eq!(mmu.phase(), Some(Phase::Lost));
+    check(&mmu);
+}
+
 #[test]
 fn pages_that_the_module_needs_are_donated() {
     let mmu = usual();
@@ -478,6 +526,194 @@ fn finalising_is_persisted_in_as_any_call() {
         image.finalise(),
         Err(ImageError::Phase { phase: Phase::Lost })
     ));
+}
+
+#[test]
+fn finalising_is_given_up_in_the_end_and_can_be_tried_again() {
+    let mmu = building(Capabilities::none());
+    let mut image = mmu.build_private().unwrap();
+    let stingy = |on| mmu.host().protected_table().state.lock().unwrap().stingy = on;
+    let for_ever = |failure: fn() -> Failure| {
+        script(&mmu, FINALISE, std::iter::repeat_with(failure).take(10_000));
+    };
+    for (failure, cause) in [
+        ((|| busy(Scope::Vm)) as fn() -> Failure, HandOffCause::Busy),
+        (|| Failure::Restart, HandOffCause::Busy),
+        (|| Failure::NeedPages(1), HandOffCause::OutOfFrames),
+    ] {
+        for_ever(failure);
+        assert_eq!(image.finalise(), Err(ImageError::Finalise(cause)));
+        assert_eq!(mmu.phase(), Some(Phase::Building));
+    }
+    // Without a page to give it is not asked again.
+    stingy(true);
+    script(&mmu, FINALISE, [Failure::NeedPages(1)]);
+    let out = HandOffCause::OutOfFrames;
+    assert_eq!(image.finalise(), Err(ImageError::Finalise(out)));
+    assert_eq!(
+        touch(&mmu, 3),
+        Ok(Outcome::MemoryFault(MemoryFault::NotFinalised))
+    );
+    stingy(false);
+    image.finalise().unwrap();
+    assert_eq!(touch(&mmu, 3), FIXED);
+}
+
+#[test]
+fn memory_of_a_guest_that_is_lost_is_not_converted() {
+    let mmu = usual();
+    assert_eq!(touch(&mmu, 2), FIXED);
+    script(&mmu, HandOffStep::Install, [Failure::Fatal]);
+    assert_eq!(touch(&mmu, 3), REFUSED);
+    for to in [Visibility::Shared, Visibility::Private] {
+        assert_eq!(
+            mmu.convert(SPACE, Gfn(2)..Gfn(3), to),
+            Err(ConvertError::Phase { phase: Phase::Lost })
+        );
+    }
+    assert_eq!(mmu.visibility(Gfn(2)), Some(Visibility::Private));
+    assert_eq!(mmu.stats().pages, [1, 0, 0]);
+}
+
+/// The straight way makes a call a few times, then leaves the critical section and goes on outside.
+#[test]
+fn a_module_that_is_busy_for_longer_than_a_section_may_last_is_waited_for_outside() {
+    let mmu = usual();
+    let mut vcpu = mmu.vcpu().unwrap();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(write(n)), FIXED);
+    }
+    script(
+        &mmu,
+        HandOffStep::Install,
+        (0..30).map(|_| busy(Scope::Entry)),
+    );
+    assert_eq!(vcpu.fault(write(4)), FIXED);
+    assert_eq!(mmu.stats().protected.busy_of(HandOffStep::Install), 30);
+    assert_eq!(mmu.stats().protected.sent_back, 0);
+    check(&mmu);
+    // A batch does not leave its section: the guest tries again.
+    script(
+        &mmu,
+        HandOffStep::Install,
+        (0..30).map(|_| busy(Scope::Entry)),
+    );
+    let outcome = vcpu.batch().unwrap().fault(write(5));
+    assert_eq!(outcome, Ok(Outcome::Retry(RetryReason::Frozen)));
+    check(&mmu);
+    script(&mmu, HandOffStep::Install, []);
+    assert_eq!(vcpu.batch().unwrap().fault(write(5)), FIXED);
+    check(&mmu);
+}
+
+/// What one audit is for: whatever the module has otherwise than the tables say is found, and told where.
+#[test]
+fn an_audit_finds_what_the_module_has_otherwise() {
+    let other = |mmu: &TestMmu, at: (u64, u8), what: Option<Option<Pfn>>| {
+        let mut state = mmu.host().protected_table().state.lock().unwrap();
+        match what {
+            Some(what) => state.entries.insert(at, what),
+            None => state.entries.remove(&at),
+        };
+    };
+    let cases = [
+        ((3, 1), None),
+        ((3, 1), Some(Some(Pfn(PRIVATE.0 + 4)))),
+        ((3, 1), Some(None)),
+        ((5, 1), Some(Some(Pfn(PRIVATE.0 + 5)))),
+        ((0, 2), None),
+    ];
+    for (at, what) in cases {
+        let mmu = usual();
+        assert_eq!(touch(&mmu, 3), FIXED);
+        let before = mmu.audit_protected(SPACE);
+        assert_eq!(
+            (before.leaves, before.different, before.first),
+            (1, 0, None)
+        );
+        other(&mmu, at, what);
+        let audit = mmu.audit_protected(SPACE);
+        assert_eq!(audit.different, 1, "{at:?}, {what:?}");
+        let (place, _) = audit.first.unwrap();
+        assert_eq!((place.gfn.0, place.level.number()), at);
+    }
+    let none = usual().audit_protected(AddressSpaceId(7));
+    assert_eq!(none, Default::default(), "no such space");
+}
+
+/// One call takes neighbours that a fault each would take, and stops where one of those would come to something else.
+#[test]
+fn a_run_of_neighbours_ends_where_a_fault_would_end() {
+    let range_ops = Capabilities::none().needs_link().needs_block().range_ops();
+    let ahead = |mmu: &TestMmu, first: u64, last: u64| {
+        let mut vcpu = mmu.vcpu().unwrap();
+        let range = Gfn(first)..Gfn(last);
+        vcpu.prefault(range, Visibility::Private).unwrap()
+    };
+    let stopped = |reason| Some(Outcome::MemoryFault(reason));
+    // A frame that is shared.
+    let mmu = guest(range_ops);
+    mmu.convert(SPACE, Gfn(20)..Gfn(21), Visibility::Shared)
+        .unwrap();
+    let done = ahead(&mmu, 0, 40);
+    assert_eq!((done.next, done.frames), (Gfn(20), 20));
+    assert_eq!(done.stopped, stopped(MemoryFault::IsShared));
+    check(&mmu);
+    // The end of memory; a slot whose pages do not follow those of the one before; one that is only to be read; one without
+    // private pages; one whose pages the host's addresses do not reach.
+    let mmu = guest(range_ops);
+    let base = 1 << 15;
+    let slot = |first: u64, private: Option<Pfn>| {
+        let backing = LinearBacking::new(Pfn(0x8_0000 + first), Level::L1);
+        let backing = private.map_or(backing, |pfn| backing.with_private(pfn));
+        Slot::new(Gfn(base + first)..Gfn(base + first + 64), backing)
+    };
+    for slot in [
+        slot(0, Some(Pfn(0x30_0000))),
+        slot(64, Some(Pfn(0x20_0000))),
+        slot(128, Some(Pfn(0x40_0000))).with_flags(SlotFlags::READ_ONLY),
+        slot(192, None),
+        slot(256, Some(Pfn(1 << 50))),
+    ] {
+        mmu.slots().insert(slot).unwrap();
+    }
+    for (first, next, frames, reason) in [
+        (0, 128, 128, MemoryFault::NotPermitted),
+        (192, 192, 0, MemoryFault::NotBacked),
+        (256, 256, 0, MemoryFault::NotBacked),
+        (320, 320, 0, MemoryFault::NotBacked),
+    ] {
+        let done = ahead(&mmu, base + first, base + 400);
+        assert_eq!((done.next, done.frames), (Gfn(base + next), frames));
+        assert_eq!(done.stopped, stopped(reason), "from {first}");
+    }
+    let mut pages = Vec::new();
+    mmu.visit_private_leaves(SPACE, Gfn(base)..Gfn(base + 400), |leaf| {
+        pages.push((leaf.gfn.0 - base, leaf.pfn.0));
+    });
+    let expected = (0..128).map(|n| {
+        (
+            n,
+            if n < 64 {
+                0x30_0000 + n
+            } else {
+                0x20_0000 + n - 64
+            },
+        )
+    });
+    assert!(pages.into_iter().eq(expected));
+    check(&mmu);
+    // One that is under invalidation, beside a run.
+    let window = mmu.invalidate_begin(SPACE, Gfn(10)..Gfn(11));
+    let done = ahead(&mmu, 0, 40);
+    assert_eq!((done.next, done.frames), (Gfn(10), 10));
+    assert_eq!(
+        done.stopped,
+        Some(Outcome::Retry(RetryReason::Invalidation))
+    );
+    drop(window);
+    assert_eq!(ahead(&mmu, 0, 40).frames, 30);
+    check(&mmu);
 }
 
 #[test]

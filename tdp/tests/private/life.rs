@@ -1,9 +1,13 @@
 //! Building, running, taking memory away, taking everything apart.
 
 use crate::rig::{GUEST, PRIVATE_PFN, Rig, SHARED_PFN, SPACE, fixed, private, shared};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 use tdp::protected::HandOffStep;
 use tdp::protected::tdx::{Call, Measured, Operand, Status};
-use tdp::{Gfn, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason, Visibility};
+use tdp::{
+    DumpKind, Gfn, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason, Visibility,
+};
 
 fn fault(reason: MemoryFault) -> Result<Outcome, tdp::FaultError> {
     Ok(Outcome::MemoryFault(reason))
@@ -195,13 +199,13 @@ fn a_private_fault_in_a_window_is_sent_back_three_times_at_most() {
         );
     }
     // Now the wait goes on until the window closes.
-    let (started, begun) = std::sync::mpsc::channel();
+    let (started, begun) = channel();
     let fault = std::thread::spawn(move || {
         started.send(()).unwrap();
         vcpu.fault(private(0))
     });
     begun.recv().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    std::thread::sleep(Duration::from_millis(300));
     assert!(!fault.is_finished());
     drop(window);
     assert_eq!(fault.join().unwrap(), fixed(Level::L1));
@@ -253,7 +257,7 @@ fn faults_that_take_turns_are_each_sent_back_three_times_at_most() {
             std::thread::yield_now();
         }
         // The seventh waits for as long as it takes.
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         assert!(!guest.is_finished());
         drop(window);
         assert_eq!(guest.join().unwrap(), [3, 3]);
@@ -298,4 +302,111 @@ fn a_page_of_the_image_that_is_measured_on_a_busy_module_is_added_once() {
     assert_eq!(counts.of(Call::MemPageAdd).done, 2);
     assert_eq!(counts.of(Call::MrExtend).done, 16);
     rig.check();
+}
+
+/// A page of the image whose content the module stays too busy to measure is not left there unmeasured.
+#[test]
+fn a_page_of_the_image_that_is_never_measured_is_taken_back() {
+    let rig = Rig::measuring();
+    let mut image = rig.mmu.build_private().unwrap();
+    rig.script
+        .refuse(|call| (call == Call::MrExtend).then_some((Status::OperandBusy, Operand::TDR)));
+    let refused = image.add(Gfn(3), PRIVATE_PFN, SHARED_PFN);
+    assert!(matches!(
+        refused,
+        Err(ImageError::Frame { gfn: Gfn(3), .. })
+    ));
+    rig.script.clear();
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    rig.check();
+    image.add(Gfn(3), PRIVATE_PFN, SHARED_PFN).unwrap();
+    rig.check();
+}
+
+/// An entry that is with the module is in neither tree's leaves; the picture of the tables shows it for what it is.
+#[test]
+fn the_picture_of_the_tables_shows_both_halves_and_what_is_with_the_module() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    rig.mmu
+        .convert(SPACE, Gfn(512)..Gfn(1024), Visibility::Shared)
+        .unwrap();
+    for n in 0..3 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+        assert_eq!(vcpu.fault(shared(512 + n)), fixed(Level::L1));
+    }
+    let (is_inside, inside) = channel();
+    let (go_on, goes_on) = channel::<()>();
+    let mut armed = true;
+    rig.script.inside(move |call| {
+        if call == Call::MemPageAug && std::mem::take(&mut armed) {
+            is_inside.send(()).expect("somebody listens");
+            let gone_on = goes_on.recv_timeout(Duration::from_secs(30));
+            gone_on.expect("it is let go");
+        }
+    });
+    let dump = std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(vcpu.fault(private(7)), fixed(Level::L1)));
+        let begun = inside.recv_timeout(Duration::from_secs(30));
+        begun.expect("it gets there");
+        let (dump, audit) = (rig.mmu.dump(SPACE), rig.mmu.audit());
+        go_on.send(()).expect("it waits for that");
+        assert_eq!((audit.frozen, audit.pages), (1, [6, 0, 0]));
+        dump
+    });
+    let shown: Vec<_> = dump
+        .trees
+        .iter()
+        .flat_map(|tree| tree.lines.iter().map(|line| (tree.private, line)))
+        .filter(|(_, line)| line.kind != DumpKind::Table)
+        .map(|(private, line)| (private, line.gfns.start.0, line.gfns.pages(), line.pfn))
+        .collect();
+    let with_module = (true, 7, 1, None);
+    assert_eq!(shown.len(), 3, "{dump}");
+    for line in [
+        (true, 0, 3, Some(PRIVATE_PFN)),
+        (false, 512, 3, Some(Pfn(SHARED_PFN.0 + 512))),
+        with_module,
+    ] {
+        assert!(shown.contains(&line), "{line:?} is not in {dump}");
+    }
+    let text = dump.to_string();
+    for part in [
+        "confidential, Running",
+        "private root",
+        "shared root",
+        "[0x7, 0x8) frozen",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    let json = dump.json().to_string();
+    assert!(
+        json.contains(r#""gfn":7,"frames":1,"kind":"frozen"}"#),
+        "{json}"
+    );
+    assert!(json.contains(r#"]},{"private":"#), "two trees: {json}");
+    assert_eq!(json.matches('{').count(), json.matches('}').count());
+    rig.check();
+}
+
+/// Visibility is told in the longest runs that there are, to the last frame.
+#[test]
+fn runs_of_one_visibility_are_told_in_order() {
+    use Visibility::{Private, Shared};
+    let rig = Rig::running(Level::L1);
+    for range in [Gfn(3)..Gfn(700), Gfn(700)..Gfn(900), Gfn(2000)..Gfn(2001)] {
+        rig.mmu.convert(SPACE, range, Shared).unwrap();
+    }
+    let mut runs = Vec::new();
+    rig.mmu.visibilities(Gfn(2)..Gfn(2500), |run, visibility| {
+        runs.push((run.start.0, run.end.0, visibility));
+    });
+    let expected = [
+        (2, 3, Private),
+        (3, 900, Shared),
+        (900, 2000, Private),
+        (2000, 2001, Shared),
+        (2001, 2500, Private),
+    ];
+    assert_eq!(runs, expected);
 }

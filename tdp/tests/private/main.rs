@@ -3,13 +3,19 @@
 #[cfg(not(loom))]
 mod abuse;
 #[cfg(not(loom))]
+mod batch;
+#[cfg(not(loom))]
 mod convert;
 #[cfg(not(loom))]
 mod failures;
 #[cfg(not(loom))]
 mod kinds;
 #[cfg(not(loom))]
+mod least;
+#[cfg(not(loom))]
 mod life;
+#[cfg(not(loom))]
+mod lookups;
 #[cfg(not(loom))]
 mod prefault;
 #[cfg(not(loom))]
