@@ -37,6 +37,7 @@ mod dirty;
 mod dump;
 mod errors;
 mod frames;
+mod handles;
 mod hostile;
 mod invalidation;
 mod levels;

@@ -407,3 +407,21 @@ both_formats! {
         assert_eq!(vcpu.set_address_space(OTHER), Err(MmuError::NoSuchSpace(OTHER)));
     }
 }
+
+/// Ids that nobody chose come after those in use, and begin anew where there is none after the last.
+#[test]
+fn a_slot_without_an_id_gets_one_that_is_free() {
+    let rig = Rig::<tdp::Ept>::new();
+    let slots = rig.mmu.slots();
+    let last = SlotId(u32::MAX);
+    let before_last = SlotId(u32::MAX - 1);
+    for (n, id) in [(0, last), (1, before_last), (2, SlotId(0))] {
+        slots
+            .insert(slot(n, n + 1).with_id(id))
+            .expect("the place is free");
+    }
+    assert_eq!(slots.insert(slot(3, 4)), Ok(SlotId(1)));
+    assert_eq!(slots.insert(slot(4, 5)), Ok(SlotId(2)));
+    let taken = slots.insert(slot(5, 6).with_id(last));
+    assert_eq!(taken, Err(SlotError::IdInUse { id: last }));
+}

@@ -4,9 +4,11 @@ use crate::common::host::{Memory, TestHost};
 use crate::common::processor::{Processor, Report};
 use crate::common::rig::{Rig, RigSetup};
 use std::ops::ControlFlow;
+use tdp::protected::{HandOffCause, HandOffError, HandOffStep};
 use tdp::{
-    Access, AddressSpaceId, Fault, FlushRequest, Gfn, GfnRange, Gpa, Leaf, Level, Mmu, Outcome,
-    PendingFlush, Pfn, Progress, Slot, Steps,
+    Absorb, Access, AddressSpaceId, ConvertError, EntryPlace, Fault, FlushRequest, Gfn, GfnRange,
+    Gpa, Leaf, Level, Mmu, Outcome, PendingFlush, Pfn, Progress, RemovalError, Removed, Slot,
+    Steps,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -378,4 +380,57 @@ mod parallel {
             assert_eq!(super::leaves(&rig.mmu, SPACE), whole.leaves[0]);
         }
     }
+}
+
+/// The first failure of any part is the whole's, and what all parts removed is counted whichever of them failed.
+#[test]
+fn parts_that_fail_do_not_hide_what_the_others_removed() {
+    let removed = |frames| {
+        let mut removed = Removed::default();
+        (removed.frames, removed.tables, removed.leaked) = (frames, 1, 2);
+        removed
+    };
+    let failed = |gfn, frames| {
+        let place = EntryPlace {
+            as_id: SPACE,
+            gfn: Gfn(gfn),
+            level: Level::L1,
+        };
+        RemovalError {
+            failed: 1,
+            first: HandOffError {
+                place,
+                step: HandOffStep::Block,
+                cause: HandOffCause::Busy,
+            },
+            removed: removed(frames),
+        }
+    };
+    let mut whole: Result<Removed, ConvertError> = Ok(removed(10));
+    whole.absorb(Ok(removed(5)));
+    assert_eq!(
+        whole.map(|it| (it.frames, it.tables, it.leaked)),
+        Ok((15, 2, 4))
+    );
+    whole.absorb(Err(failed(7, 100).into()));
+    whole.absorb(Ok(removed(1000)));
+    whole.absorb(Err(failed(8, 10_000).into()));
+    let Err(ConvertError::Removal(error)) = whole else {
+        panic!("{whole:?}");
+    };
+    assert_eq!((error.failed, error.first.place.gfn), (2, Gfn(7)));
+    let all = error.removed;
+    assert_eq!((all.frames, all.tables, all.leaked), (11_115, 5, 10));
+    // What makes no sense for a part makes none for the whole, and stays so.
+    let senseless = ConvertError::NotConfidential;
+    let mut whole: Result<Removed, ConvertError> = Ok(removed(1));
+    whole.absorb(Err(senseless));
+    for other in [Ok(removed(1)), Err(failed(7, 1).into())] {
+        whole.absorb(other);
+        assert_eq!(whole, Err(senseless));
+    }
+    let mut sum = u64::MAX - 1;
+    sum.absorb(1);
+    sum.absorb(7);
+    assert_eq!(sum, u64::MAX, "a count does not wrap");
 }
