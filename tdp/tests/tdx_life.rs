@@ -495,3 +495,244 @@ fn calls_last_as_long_as_they_cost() {
         assert!(begin.elapsed() >= Duration::from_millis(3));
     }
 }
+
+/// A TD that cannot be made takes none of its pages.
+#[test]
+fn a_td_of_impossible_shape_or_of_pages_that_are_not_free_is_refused() {
+    let rig = Rig::created(Costs::default(), ());
+    let free = TdConfig::new(page(0), page(1), page(2));
+    let shared_bit = |shared_bit| TdConfig { shared_bit, ..free };
+    let levels = |levels| TdConfig { levels, ..free };
+    let invalid = (Status::OperandInvalid, Operand::RDX);
+    let taken = (Status::PageMetadataIncorrect, Operand::RCX);
+    let cases = [
+        (shared_bit(31), invalid),
+        (shared_bit(52), invalid),
+        (levels(Level::L3), invalid),
+        (
+            TdConfig {
+                tdr: control(0),
+                ..free
+            },
+            taken,
+        ),
+        (
+            TdConfig {
+                control: control(1),
+                ..free
+            },
+            taken,
+        ),
+        (
+            TdConfig {
+                root: control(2),
+                ..free
+            },
+            taken,
+        ),
+        (
+            TdConfig {
+                root: Hpa(page(2).0 + 8),
+                ..free
+            },
+            (Status::OperandInvalid, Operand::RCX),
+        ),
+        (
+            TdConfig {
+                tdr: MEMORY.end.address(),
+                ..free
+            },
+            (Status::OperandAddrRangeError, Operand::RCX),
+        ),
+    ];
+    for (config, (status, operand)) in cases {
+        let refused = rig.module.create_td(config).expect_err("it is impossible");
+        assert!(refused.is(status, operand), "{config:?}: {refused}");
+        for n in 0..3 {
+            let free = Some((PageKind::Nda, PAGE));
+            assert_eq!(rig.module.page_kind(page(n)), free, "{config:?}");
+        }
+    }
+    assert_eq!(rig.module.page_kind(MEMORY.end.address()), None);
+    let td = rig.module.create_td(free).unwrap();
+    assert_eq!((td.tdr(), td.root(), td.levels()), (page(0), page(2), TOP));
+    assert_eq!(td.module().page_kind(page(0)), Some((PageKind::Tdr, PAGE)));
+    // Two TDs of one module, which shows how it is without waiting for either.
+    let shown = format!("{:?}", td.module());
+    assert!(shown.contains("violations: 0"), "{shown}");
+}
+
+#[test]
+fn a_vcpu_is_made_of_a_free_page_and_is_inside_once() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    done(td.mng_init());
+    let taken = td.vp_create(control(1)).map(drop);
+    assert!(matches!(taken, Err(a) if a.is(Status::PageMetadataIncorrect, Operand::RCX)));
+    let mut vcpu = td.vp_create(control(3)).unwrap();
+    assert_eq!((vcpu.tdvpr(), vcpu.td().tdr()), (control(3), td.tdr()));
+    // Not before the TD is finalised.
+    let entered = vcpu.enter(0);
+    assert!(
+        matches!(entered, Enter::Refused(a) if a.is(Status::OpStateIncorrect, Operand::NONE)),
+        "{entered:?}"
+    );
+    done(td.mr_finalize());
+    assert!(matches!(vcpu.enter(0), Enter::Inside(_)));
+    let entered = vcpu.enter(0);
+    assert!(
+        matches!(entered, Enter::Refused(a) if a.is(Status::OperandBusy, Operand::RCX)),
+        "{entered:?}"
+    );
+    assert!(vcpu.is_inside());
+    // Dropped, it has left, and nothing waits for it.
+    drop(vcpu);
+    done(td.mem_track());
+    done(td.mem_track());
+    // A page that is in use and a TD that cannot run yet are a host's mistakes; that its vCPU is inside is none.
+    assert_eq!(rig.module.violation_count(), 2);
+}
+
+/// Only what its host is to blame for speaks for single-stepping: a shared page is the guest's own affair.
+#[test]
+fn faults_at_shared_addresses_do_not_make_a_vcpu_suspected() {
+    let rig = Rig::created(Costs::default(), ());
+    done(rig.td.mng_init());
+    let mut vcpu = rig.td.vp_create(control(3)).unwrap();
+    done(rig.td.mr_finalize());
+    let at = |gpa| Exit::EptViolation {
+        gpa: Gpa(gpa),
+        rip: 0x10,
+    };
+    for _ in 0..2 * ZERO_STEP_FAULTS {
+        assert!(matches!(vcpu.enter(0x10), Enter::Inside(_)));
+        vcpu.exit(at(1 << 47 | 0x5000));
+        assert!(!vcpu.is_suspected());
+    }
+    for _ in 0..ZERO_STEP_FAULTS {
+        assert!(matches!(vcpu.enter(0x10), Enter::Inside(_)));
+        vcpu.exit(at(0x5000));
+    }
+    assert!(vcpu.is_suspected());
+}
+
+#[test]
+fn migration_takes_no_step_that_no_call_takes() {
+    use OpState as S;
+    for (from, to) in [
+        (S::Initialized, S::LiveExport),
+        (S::Runnable, S::PostExport),
+        (S::Runnable, S::MemoryImport),
+        (S::LiveExport, S::PostExport),
+        (S::MemoryImport, S::Runnable),
+        (S::LiveImport, S::FailedImport),
+        (S::FailedImport, S::Runnable),
+    ] {
+        let rig = Rig::created(Costs::default(), ());
+        reach(&rig.td, from);
+        rig.refused(|td| td.migrate(to), Status::OpStateIncorrect, Operand::NONE);
+    }
+}
+
+#[test]
+fn a_page_of_the_image_is_copied_from_a_whole_page() {
+    let rig = Rig::building();
+    rig.add_tables();
+    rig.refused(
+        |td| td.mem_page_add(at(0, PAGE), page(9), Hpa(page(10).0 + 8)),
+        Status::OperandInvalid,
+        Operand::R9,
+    );
+    done(rig.td.mem_page_add(at(0, PAGE), page(9), page(10)));
+}
+
+/// Of all that a dead TD has, its pages go by one call each, and none goes while a call has the TD's root page.
+#[test]
+fn a_page_is_not_reclaimed_inside_a_call_that_ends_its_td() {
+    let meanwhile = Meanwhile::default();
+    let rig = Rig::running_with(Costs::default(), meanwhile.clone());
+    let td = rig.td.clone();
+    done(rig.td.mem_page_aug(at(0, PAGE), page(9)));
+    meanwhile.inside(Call::MngVpFlushDone, move || {
+        let busy = td.phymem_page_reclaim(page(9));
+        assert!(busy.is(Status::OperandBusy, Operand::TDR), "{busy}");
+    });
+    done(rig.td.mng_vpflushdone());
+    assert!(meanwhile.is_over());
+    done(rig.td.phymem_cache_wb());
+    done(rig.td.mng_key_freeid());
+    done(rig.td.phymem_page_reclaim(page(9)));
+}
+
+/// A merge takes long enough to be interrupted. It has changed nothing then, and is made again.
+#[test]
+fn a_merge_with_an_interrupt_pending_is_made_again() {
+    let rig = Rig::running();
+    for n in 0..512 {
+        rig.map(n * 0x1000, PAGE, Hpa(large_page(0).0 + n * 0x1000));
+    }
+    rig.block_and_track(0, LARGE);
+    rig.td.pend_interrupts(2);
+    for _ in 0..2 {
+        let registers = rig.refused(
+            |td| td.mem_page_promote(at(0, LARGE)),
+            Status::InterruptedRestartable,
+            Operand::NONE,
+        );
+        assert_eq!(registers, (None, None));
+    }
+    done(rig.td.mem_page_promote(at(0, LARGE)));
+    assert_eq!(rig.module.violation_count(), 0);
+}
+
+/// The numbers of the module's ABI: what RDX says of an entry.
+#[test]
+fn states_have_the_numbers_of_the_abi() {
+    use EntryState as S;
+    let numbers = [
+        (S::Free, 0),
+        (S::Removed, 5),
+        (S::TableMapped, 0x84),
+        (S::TableBlocked, 0x81),
+        (S::Mapped, 4),
+        (S::Blocked, 1),
+        (S::BlockedW, 8),
+        (S::ExportedBlockedW, 9),
+        (S::ExportedDirty, 11),
+        (S::ExportedDirtyBlockedW, 12),
+        (S::Pending, 2),
+        (S::PendingBlocked, 3),
+        (S::PendingBlockedW, 16),
+        (S::PendingExportedBlockedW, 17),
+        (S::PendingExportedDirty, 19),
+        (S::PendingExportedDirtyBlockedW, 20),
+    ];
+    assert_eq!(numbers.map(|(state, _)| state), S::ALL);
+    for (state, number) in numbers {
+        assert_eq!(state.architectural(), number, "{state:?}");
+        assert_eq!(state.is_table(), number & 0x80 != 0, "{state:?}");
+        let holds_nothing = matches!(state, S::Free | S::Removed);
+        assert_eq!(state.is_leaf(), !state.is_table() && !holds_nothing);
+        // What the guest reaches is a page, not blocked, and accepted.
+        if state.is_accessible_leaf() {
+            assert!(state.is_leaf() && !state.is_blocked(), "{state:?}");
+        }
+    }
+}
+
+/// Entries are walked with accessed and dirty flags off: whoever would set one finds that the word is not there to be changed.
+#[test]
+fn a_processor_changes_no_entry() {
+    let rig = Rig::running();
+    rig.map(0, PAGE, page(9));
+    let slot = page(5);
+    let word = rig.module.load(slot).expect("a table");
+    let refused = rig.module.compare_exchange(slot, word, word | 1 << 8);
+    assert_eq!(refused, Err(word));
+    assert_eq!(rig.module.load(slot), Some(word));
+    assert!(rig.td.translate(Gpa(0), GuestAccess::Write).is_ok());
+    // A page of the guest is no table to be walked, and one that is not managed is no memory.
+    assert_eq!(rig.module.load(page(9)), None);
+    let nowhere = MEMORY.end.address();
+    assert_eq!(rig.module.compare_exchange(nowhere, 0, 1), Err(0));
+}
