@@ -570,6 +570,7 @@ fn a_vcpu_is_made_of_a_free_page_and_is_inside_once() {
     let taken = td.vp_create(control(1)).map(drop);
     assert!(matches!(taken, Err(a) if a.is(Status::PageMetadataIncorrect, Operand::RCX)));
     let mut vcpu = td.vp_create(control(3)).unwrap();
+    vcpu.exit(Exit::Other { rip: 0 });
     assert_eq!((vcpu.tdvpr(), vcpu.td().tdr()), (control(3), td.tdr()));
     // Not before the TD is finalised.
     let entered = vcpu.enter(0);

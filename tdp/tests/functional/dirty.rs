@@ -362,6 +362,32 @@ both_formats! {
         assert_eq!(flushed, [(SPACE, Gfn(FIRST + 5)), (other, Gfn((1 << 18) + 9))]);
     }
 
+    /// A page that was harvested, and whose slot has gone since, is nobody's: the others are reset all the same.
+    fn a_reset_passes_over_slots_that_are_gone<F>() {
+        let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 1024);
+        let gone = SlotId(7);
+        let memory = Memory::new(Pfn(BASE), Level::L1);
+        let slot = Slot::new(Gfn(1 << 18)..Gfn((1 << 18) + PAGES), memory).with_id(gone);
+        rig.mmu.slots().insert(slot).expect("the place is free");
+        for id in [ID, gone] {
+            rig.mmu.slots().set_flags(SPACE, id, LOG).expect("it is there");
+        }
+        let mut cpu = rig.processor(rig.vcpu());
+        assert!(cpu.run(Gfn((1 << 18) + 9).address(), Access::Write).is_ok());
+        write(&mut cpu, 5);
+        let ring = cpu.vcpu.dirty_ring().expect("rings").clone();
+        let harvest = || {
+            let mut pages = Vec::new();
+            ring.harvest(|page| pages.push((page.slot, page.offset)));
+            pages
+        };
+        assert_eq!(harvest(), [(gone, 9), (ID, 5)]);
+        rig.mmu.slots().remove(SPACE, gone).expect("it is there");
+        rig.mmu.reset_dirty_rings().flush();
+        write(&mut cpu, 5);
+        assert_eq!(harvest(), [(ID, 5)], "it was protected again");
+    }
+
     /// What cannot be asked for.
     fn wrong_questions_are_refused<F>() {
         let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 0);
@@ -380,6 +406,12 @@ both_formats! {
             let beyond = dirty.clear(first, &vec![1; given]).map(drop);
             assert_eq!(beyond, Err(DirtyLogError::BeyondEnd { first, given, words }));
         }
+        // Whole words and parts of words, no frame more.
+        dirty.mark(60, 200);
+        let marked = Vec::from_iter((0..PAGES).filter(|&offset| dirty.is_marked(offset)));
+        assert_eq!(marked, Vec::from_iter(60..260));
+        assert_eq!(collect(&rig), marked);
+        assert!(!dirty.is_marked(PAGES) && !dirty.is_marked(u64::MAX));
         // Bits past the last frame stand for nothing.
         dirty.mark(PAGES - 1, u64::MAX);
         dirty.mark(u64::MAX, 2);

@@ -4,7 +4,8 @@ use crate::rig::{GUEST, Rig, SPACE, fixed, private, shared};
 use std::ops::ControlFlow;
 use tdp::protected::tdx::{Call, Operand, Status};
 use tdp::{
-    Access, ConvertError, Gfn, Level, Mapping, MemoryFault, Outcome, Perms, Pfn, Steps, Visibility,
+    Access, ConvertError, FrameSource, Gfn, Host, Level, Mapping, MemoryFault, Outcome, Perms, Pfn,
+    RetryReason, Steps, Visibility,
 };
 
 #[test]
@@ -102,6 +103,33 @@ fn a_large_shared_leaf_is_split_before_a_part_of_it_is_converted() {
     assert_eq!(vcpu.fault(shared(499)), Ok(Outcome::Spurious));
     assert_eq!(vcpu.fault(shared(520)), Ok(Outcome::Spurious));
     assert_eq!(vcpu.fault(private(510)), fixed(Level::L1));
+    rig.check();
+}
+
+/// Without a frame for the table that a split needs, all that the leaf maps is taken away: what was not converted faults again.
+#[test]
+fn a_part_of_a_large_shared_leaf_is_converted_without_a_frame_to_split_it() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let all = Gfn(0)..Gfn(1024);
+    rig.mmu.convert(SPACE, all, Visibility::Shared).unwrap();
+    for gfn in [0, 512] {
+        assert_eq!(vcpu.fault(shared(gfn)), fixed(Level::L2));
+    }
+    let frames = rig.mmu.host().frames();
+    let (mut taken, mut room) = (Vec::new(), [Pfn(0); 64]);
+    while let Ok(count) = frames.allocate(&mut room) {
+        taken.extend_from_slice(&room[..count]);
+    }
+    let part = Gfn(5)..Gfn(6);
+    rig.mmu.convert(SPACE, part, Visibility::Private).unwrap();
+    assert_eq!(rig.mmu.visibility(Gfn(5)), Some(Visibility::Private));
+    assert!(rig.mmu.translate(SPACE, Gfn(5)).is_none());
+    assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
+    frames.free(&taken);
+    assert_eq!(vcpu.fault(private(5)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(shared(4)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(shared(600)), Ok(Outcome::Spurious));
     rig.check();
 }
 
@@ -231,5 +259,23 @@ fn a_bare_map_maps_shared_memory_only() {
     assert_eq!(vcpu.map(Gfn(0), mapping, Access::Read), fixed(Level::L1));
     assert!(rig.mmu.translate(SPACE, Gfn(8)).is_none());
     assert_eq!(vcpu.map(Gfn(8), mapping, Access::Read), refused);
+    // Nor while an invalidation holds the frame back; the same in one critical section with others.
+    let window = rig.mmu.invalidate_begin(SPACE, Gfn(3)..Gfn(4));
+    let held = Ok(Outcome::Retry(RetryReason::Invalidation));
+    let small = |gfn| Mapping::memory(Pfn((1 << 24) + gfn), Level::L1, Perms::RWX);
+    let mut batch = vcpu.batch().unwrap();
+    for (gfn, expected) in [
+        (1, fixed(Level::L1)),
+        (1, Ok(Outcome::Spurious)),
+        (2, fixed(Level::L1)),
+        (3, held),
+        (8, refused),
+    ] {
+        assert_eq!(batch.map(Gfn(gfn), small(gfn), Access::Write), expected);
+    }
+    drop(batch);
+    assert_eq!(vcpu.map(Gfn(3), small(3), Access::Write), held);
+    drop(window);
+    assert_eq!(vcpu.map(Gfn(3), small(3), Access::Write), fixed(Level::L1));
     rig.check();
 }

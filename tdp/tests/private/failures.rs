@@ -7,7 +7,7 @@ use tdp::protected::tdx::{Call, Operand, Status};
 use tdp::protected::{HandOffCause, HandOffStep};
 use tdp::{
     ConvertError, FaultError, Gfn, Level, MemoryFault, OutOfFrames, Outcome, Pfn, ProtectedTable,
-    RetryReason,
+    RetryReason, Visibility,
 };
 
 /// Answers every `every`-th call of a kind as busy.
@@ -203,6 +203,38 @@ fn a_refused_split_is_undone() {
     assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
     rig.check();
     assert_eq!(vcpu.fault(private(1)), Ok(Outcome::Spurious));
+}
+
+/// Of a large leaf that cannot be split nothing is taken away, and the rest of the range is.
+#[test]
+fn a_removal_of_a_part_fails_with_the_split_that_it_needs() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    for gfn in [0, 512] {
+        assert_eq!(vcpu.fault(private(gfn)), fixed(Level::L2));
+    }
+    rig.script.refuse(|call| {
+        (call == Call::MemPageDemote).then_some((Status::OperandInvalid, Operand::RCX))
+    });
+    let error = match rig.mmu.zap_private(SPACE, Gfn(5)..Gfn(1024)) {
+        Err(ConvertError::Removal(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((error.failed, error.removed.frames), (1, 512));
+    assert_eq!(
+        (error.first.step, error.first.place.gfn),
+        (HandOffStep::Split, Gfn(0))
+    );
+    let shared = rig.mmu.convert(SPACE, Gfn(5)..Gfn(6), Visibility::Shared);
+    assert!(
+        matches!(shared, Err(ConvertError::Removal(_))),
+        "{shared:?}"
+    );
+    assert_eq!(rig.mmu.visibility(Gfn(5)), Some(Visibility::Private));
+    rig.script.clear();
+    assert_eq!(vcpu.fault(private(5)), Ok(Outcome::Spurious));
+    assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
+    rig.check();
 }
 
 /// Leaves what is mapped from frame 0 on blocked: the hook panics when the ticket is to begin, or later.

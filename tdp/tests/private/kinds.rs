@@ -1,7 +1,7 @@
 //! What each kind of failure obliges the MMU to do, with a module that answers by a script.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use tdp::protected::{
     Capabilities, Content, Drained, Failure, HandOffCause, HandOffStep, Inspected, Scope, Ticket,
     Token,
@@ -46,7 +46,11 @@ struct State {
 struct Scripted {
     capabilities: Capabilities,
     state: Mutex<State>,
+    /// Pages that it was told are never to be used again. Outlives the MMU.
+    leaked: Leaked,
 }
+
+type Leaked = Arc<Mutex<Vec<(Pfn, Level)>>>;
 
 impl Scripted {
     fn answer(&self, step: HandOffStep) -> Result<(), Failure> {
@@ -183,6 +187,10 @@ impl ProtectedTable for Scripted {
         }
     }
 
+    fn leaked(&self, page: Pfn, level: Level) {
+        self.leaked.lock().unwrap().push((page, level));
+    }
+
     fn inspect(&self, place: EntryPlace) -> Inspected {
         let state = self.state.lock().unwrap();
         match state.entries.get(&(place.gfn.0, place.level.number())) {
@@ -213,6 +221,7 @@ fn building_in(spaces: u8, capabilities: Capabilities) -> TestMmu {
     let table = Scripted {
         capabilities,
         state: Mutex::default(),
+        leaked: Leaked::default(),
     };
     let host = SoftwareHost::confidential(frames, TlbTracker::new(), table);
     let mmu = TestMmu::builder(host)
@@ -573,6 +582,36 @@ fn memory_of_a_guest_that_is_lost_is_not_converted() {
     }
     assert_eq!(mmu.visibility(Gfn(2)), Some(Visibility::Private));
     assert_eq!(mmu.stats().pages, [1, 0, 0]);
+}
+
+/// The embedder takes the MMU down without having had everything back. It is told of all that the module still has, below a
+/// table that a fold has left blocked too, and of nothing twice.
+#[test]
+fn what_the_module_has_when_the_mmu_goes_is_leaked() {
+    let capabilities = Capabilities::none().needs_link().needs_block().merge();
+    let mmu = guest(capabilities.leaves(Level::L1, Level::L2));
+    let mut vcpu = mmu.vcpu().unwrap();
+    for n in 0..600 {
+        assert_eq!(vcpu.fault(write(n)), FIXED);
+    }
+    script(&mmu, HandOffStep::Flush, [Failure::Refused(1)]);
+    assert!(mmu.fold_private(SPACE, Gfn(0)..Gfn(512)).is_err());
+    assert_eq!(mmu.stats().pages, [600, 0, 0]);
+    let tables = mmu.stats().tables;
+    let leaked = mmu.host().protected_table().leaked.clone();
+    assert_eq!(*leaked.lock().unwrap(), []);
+    drop((vcpu, mmu));
+    let mut leaked = leaked.lock().unwrap();
+    leaked.sort();
+    let (twins, pages) = leaked.split_at(tables as usize);
+    let expected = (0..600).map(|n| (Pfn(PRIVATE.0 + n), Level::L1));
+    assert!(pages.iter().copied().eq(expected), "{} pages", pages.len());
+    assert!(
+        twins
+            .iter()
+            .all(|(twin, level)| twin.0 < PRIVATE.0 && *level == Level::L1)
+    );
+    assert!(twins.windows(2).all(|two| two[0] != two[1]));
 }
 
 /// The straight way makes a call a few times, then leaves the critical section and goes on outside.

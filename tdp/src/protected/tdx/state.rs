@@ -363,3 +363,79 @@ const _: () = {
         i += 1;
     }
 };
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const PAGE: Hpa = Hpa(0x1234_5000);
+
+    /// Entries of every state are told apart by the code alone, whatever their page and whoever holds their lock.
+    #[test]
+    fn a_state_is_read_back_as_it_was_written() {
+        for state in EntryState::ALL {
+            for page in [Hpa(0), PAGE, Hpa(FRAME)] {
+                let entry = Entry::leaf(page, state);
+                assert_eq!((entry.state(), entry.page()), (state, page));
+                let locked = Entry(entry.0 | LOCKED | HOST_PRIORITY);
+                assert_eq!((locked.state(), locked.unlocked()), (state, entry));
+                for other in EntryState::ALL {
+                    let changed = locked.with_state(other);
+                    assert_eq!((changed.state(), changed.page()), (other, page));
+                    assert_eq!(changed.unlocked(), changed, "it loses its lock bits");
+                }
+            }
+        }
+    }
+
+    /// The processor reaches what the state says that the guest reaches, and goes on below tables that are not blocked.
+    #[test]
+    fn permissions_are_those_of_the_state() {
+        for state in EntryState::ALL {
+            let entry = Entry::leaf(PAGE, state);
+            let readable = entry.0 & 1 != 0;
+            let leads_on = state == EntryState::TableMapped;
+            assert_eq!(entry.leads_on(), leads_on, "{state:?}");
+            assert_eq!(
+                readable,
+                state.is_accessible_leaf() || leads_on,
+                "{state:?}"
+            );
+            if state.is_blocked() || !(state.is_leaf() || state.is_table()) {
+                assert_eq!(entry.0 & READ_WRITE_EXECUTE, 0, "{state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_taken_back_but_for_a_block_against_writes() {
+        use EntryState as S;
+        for state in EntryState::ALL {
+            let Some(blocked) = state.blocked() else {
+                assert!(!state.unblocked().is_blocked(), "{state:?}");
+                continue;
+            };
+            assert!(blocked.is_blocked() && !state.is_blocked(), "{state:?}");
+            let expected = match state {
+                S::BlockedW => S::Mapped,
+                S::PendingBlockedW => S::Pending,
+                state => state,
+            };
+            assert_eq!(blocked.unblocked(), expected);
+            assert_eq!(expected.unblocked(), expected, "what is not blocked stays");
+            assert!(admits(Call::MemRangeBlock, state));
+            assert!(admits(Call::MemRangeUnblock, blocked));
+            assert!(!admits(Call::MemRangeBlock, blocked));
+        }
+        assert!(
+            S::ALL
+                .into_iter()
+                .all(|state| admits(Call::MemSeptRd, state))
+        );
+        assert!(
+            !S::ALL
+                .into_iter()
+                .any(|state| admits(Call::MemTrack, state))
+        );
+    }
+}
