@@ -253,15 +253,6 @@ pub(crate) struct Snapshot<B> {
     spaces: [Vec<Arc<Slot<B>>>; MAX_ADDRESS_SPACES],
 }
 
-impl<B> Clone for Snapshot<B> {
-    fn clone(&self) -> Self {
-        Self {
-            generation: self.generation,
-            spaces: self.spaces.clone(),
-        }
-    }
-}
-
 impl<B: Clone> Snapshot<B> {
     pub(crate) fn empty() -> Self {
         Self {

@@ -622,6 +622,8 @@ fn migration_takes_no_step_that_no_call_takes() {
     use OpState as S;
     for (from, to) in [
         (S::Initialized, S::LiveExport),
+        (S::LiveExport, S::Initialized),
+        (S::Runnable, S::Uninitialized),
         (S::Runnable, S::PostExport),
         (S::Runnable, S::MemoryImport),
         (S::LiveExport, S::PostExport),
@@ -684,6 +686,23 @@ fn a_merge_with_an_interrupt_pending_is_made_again() {
     }
     done(rig.td.mem_page_promote(at(0, LARGE)));
     assert_eq!(rig.module.violation_count(), 0);
+}
+
+/// An answer is one line that says what the registers would.
+#[test]
+fn an_answer_says_what_its_registers_hold() {
+    let rig = Rig::running();
+    let done = rig.td.mem_track();
+    assert_eq!(done.to_string(), format!("{} op=0", Status::Success));
+    let refused = rig.td.mem_page_aug(at(0x20_0000, PAGE), page(9));
+    let (rcx, rdx) = (refused.rcx.unwrap(), refused.rdx.unwrap());
+    let said = refused.to_string();
+    let expected = format!(
+        "{} op={} rcx={rcx:x} rdx={rdx:x}",
+        Status::EptWalkFailed,
+        Operand::RCX.0
+    );
+    assert_eq!(said, expected);
 }
 
 /// The numbers of the module's ABI: what RDX says of an entry.

@@ -44,6 +44,11 @@ fn writes_by_way_of_guest_memory_are_logged() {
 
     write(0, 1);
     assert!(!bitmap.dirty_at(0), "not logged yet");
+    let shown = format!("{:?}", bitmap.slice_at(4096));
+    assert!(
+        shown.contains("SlotBitmap") && shown.contains("4096"),
+        "{shown}"
+    );
     mmu.slots()
         .set_flags(SPACE, id, SlotFlags::LOG_DIRTY)
         .unwrap();

@@ -187,6 +187,29 @@ both_formats! {
         stays(&rig, "one leaf is of another page");
     }
 
+    /// A table of tables gives way as a whole or not at all; what below it can be collapsed is collapsed all the same.
+    fn a_leaf_of_another_page_keeps_the_tables_above_it_only<F>() {
+        for odd in [17, 512 + 17] {
+            let (rig, mut vcpu) = written::<F>(slot(Level::L3), &[0, 512]);
+            let other = tdp::Mapping::memory(Pfn(99), Level::L1, Perms::RWX);
+            assert!(vcpu.map(Gfn(odd), other, Access::Write).is_ok());
+            let pending = rig.mmu.collapse(SPACE, ALL);
+            assert_eq!(pending.tables(), 1);
+            pending.flush();
+            let level = |gfn| rig.mmu.translate(SPACE, Gfn(gfn)).map(|leaf| leaf.level);
+            let collapsed = if odd < 512 { 512 } else { 0 };
+            assert_eq!(level(collapsed), Some(Level::L2));
+            assert_eq!(level(512 - collapsed), Some(Level::L1));
+            let kept = rig.mmu.translate(SPACE, Gfn(odd)).map(|leaf| leaf.pfn);
+            assert_eq!(kept, Some(Pfn(99)));
+            stays_collapsed(&rig);
+            // Once it is gone the whole gives way.
+            rig.mmu.zap_leaves(SPACE, Gfn(odd)..Gfn(odd + 1)).flush();
+            rig.mmu.collapse(SPACE, ALL).flush();
+            assert_eq!(level(0), Some(Level::L3));
+        }
+    }
+
     /// A frame that was protected for good keeps the table, wherever it stands.
     fn a_frame_protected_for_good_keeps_the_table<F>() {
         for gfn in [0, 200, 511] {

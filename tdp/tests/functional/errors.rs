@@ -19,7 +19,11 @@ fn assert_says(error: &dyn Error, what: &str) {
 
 #[test]
 fn impossible_settings_are_refused() {
-    let cases: [(Change, BuildError, &str); 12] = [
+    let cases: [(Change, BuildError, &str); 15] = [
+        // A ring holds a power of two of pages, and enough for who harvests it to come by in time.
+        (|b| b.dirty_ring(1), BuildError::DirtyRing(1), "1024"),
+        (|b| b.dirty_ring(512), BuildError::DirtyRing(512), "512"),
+        (|b| b.dirty_ring(1025), BuildError::DirtyRing(1025), "1025"),
         (|b| b.levels(Level::L3), BuildError::Levels(Level::L3), "3"),
         (|b| b.levels(Level::L1), BuildError::Levels(Level::L1), "1"),
         (|b| b.address_spaces(0), BuildError::AddressSpaces(0), "0"),

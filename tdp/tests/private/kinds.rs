@@ -742,6 +742,12 @@ fn a_run_of_neighbours_ends_where_a_fault_would_end() {
     });
     assert!(pages.into_iter().eq(expected));
     check(&mmu);
+    // A run ends with its table, and the next page has one linked; there is none past the last slot.
+    let done = ahead(&mmu, 511, 520);
+    assert_eq!((done.frames, done.stopped), (9, None));
+    let done = ahead(&mmu, 4094, 4100);
+    assert_eq!((done.next, done.frames), (Gfn(4096), 2));
+    assert_eq!(done.stopped, stopped(MemoryFault::NotBacked));
     // One that is under invalidation, beside a run.
     let window = mmu.invalidate_begin(SPACE, Gfn(10)..Gfn(11));
     let done = ahead(&mmu, 0, 40);

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tdp::protected::{
     Capabilities, Content, Drained, Failure, HandOffCause, HandOffError, HandOffStep, Inspected,
-    Token,
+    Scope, Token,
 };
 use tdp::{
     AddressSpaceId, EntryPlace, Ept, Fault, FaultError, FrameSource, FrozenEntry, Gfn, Host, Level,
@@ -21,7 +21,7 @@ const REFUSED: Result<Outcome, FaultError> = Ok(Outcome::MemoryFault(MemoryFault
 pub(crate) struct Least {
     capabilities: Capabilities,
     pages: Mutex<HashMap<(u64, u8), Pfn>>,
-    /// What the next calls that install are answered.
+    /// What the next calls are answered.
     answers: Mutex<VecDeque<Failure>>,
 }
 
@@ -55,6 +55,9 @@ impl ProtectedTable for Least {
     }
 
     fn remove(&self, entry: &FrozenEntry<'_>, _: &Drained) -> Result<(), Failure> {
+        if let Some(failure) = self.answers.lock().unwrap().pop_front() {
+            return Err(failure);
+        }
         let EntryPlace { gfn, level, .. } = entry.place();
         let page = self.pages.lock().unwrap().remove(&(gfn.0, level.number()));
         assert!(page.is_some(), "nothing to remove");
@@ -182,8 +185,13 @@ fn a_hook_that_implements_the_least_serves_a_guest() {
         assert_eq!(vcpu.fault(private(40)), fixed(Level::L1));
         assert_eq!(mmu.stats().pages, [42, 0, 0]);
         assert_eq!(mmu.audit_protected(SPACE).different, 0);
+        // Nor is a kick, which would only make a long wait shorter.
+        let busy = || Failure::Busy { scope: Scope::Tree };
+        *mmu.host().protected_table().answers.lock().unwrap() =
+            std::iter::repeat_with(busy).take(40).collect();
         let removed = mmu.zap_private(SPACE, Gfn(0)..Gfn(1024)).unwrap();
         assert_eq!((removed.frames, removed.tables), (42, 2));
+        assert_eq!(mmu.stats().protected.busy_of(HandOffStep::Remove), 40);
         assert!(
             mmu.host()
                 .protected_table()
@@ -263,6 +271,10 @@ fn a_fault_that_finds_no_page_for_a_table_of_the_module_says_so() {
     left.store(16, Ordering::Relaxed);
     assert_eq!(vcpu.fault(private(0)), fixed(Level::L1));
     assert_eq!(mmu.stats().tables, 3);
+    // A call that is left out links and unlinks whatever it is given.
+    let removed = mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    assert_eq!((removed.frames, removed.tables), (1, 1));
+    assert_eq!(mmu.stats().tables, 2);
 }
 
 /// A split needs a table and its twin. Without either the large leaf stays the guest's, and nothing that was taken for the

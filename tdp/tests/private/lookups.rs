@@ -2,11 +2,11 @@
 
 use crate::least::Least;
 use std::sync::{Mutex, MutexGuard};
-use tdp::protected::Capabilities;
+use tdp::protected::{Capabilities, Content, Drained, Failure, HandOffStep, Inspected};
 use tdp::{
-    Access, AddressSpaceId, Ept, Fault, FaultError, FlushRequest, Gfn, Host, Level, Lookup,
-    Mapping, MemoryFault, MmapPool, Mmu, Outcome, Perms, Pfn, PoolConfig, RetryReason, Slot,
-    SlotId, TlbTracker, Visibility,
+    Access, AddressSpaceId, EntryPlace, Ept, Fault, FaultError, FlushRequest, FrozenEntry, Gfn,
+    Host, Level, Lookup, Mapping, MemoryFault, MmapPool, Mmu, Outcome, Perms, Pfn, PoolConfig,
+    ProtectedTable, RetryReason, Slot, SlotId, TlbTracker, Visibility,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -21,13 +21,47 @@ type Hook = Box<dyn FnOnce() + Send>;
 struct Answers {
     private: Option<Lookup>,
     sleeping: Option<Lookup>,
+    /// A frame whose page is not the one after that of the frame before.
+    moved: Option<(Gfn, Pfn)>,
     /// Runs in the middle of the next look-up that may sleep: after the page was found, before it is answered.
     while_asleep: Option<Hook>,
 }
 
+/// Puts pages in by one call for many as well.
+struct Many(Least);
+
+impl ProtectedTable for Many {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn install(&self, entry: &FrozenEntry<'_>, page: Pfn, content: Content) -> Result<(), Failure> {
+        self.0.install(entry, page, content)
+    }
+
+    fn install_many(
+        &self,
+        entries: &[FrozenEntry<'_>],
+        first: Pfn,
+        content: Content,
+    ) -> Result<(), Failure> {
+        (first.0..)
+            .zip(entries)
+            .try_for_each(|(pfn, entry)| self.0.install(entry, Pfn(pfn), content))
+    }
+
+    fn remove(&self, entry: &FrozenEntry<'_>, drained: &Drained) -> Result<(), Failure> {
+        self.0.remove(entry, drained)
+    }
+
+    fn inspect(&self, place: EntryPlace) -> Inspected {
+        self.0.inspect(place)
+    }
+}
+
 struct Asked {
     frames: MmapPool,
-    table: Least,
+    table: Many,
     tlb: TlbTracker,
     answers: Mutex<Answers>,
 }
@@ -47,13 +81,13 @@ fn page(slot: &Slot<Pfn>, gfn: Gfn) -> Lookup {
 impl Host for Asked {
     type Frames = MmapPool;
     type Backing = Pfn;
-    type Protected = Least;
+    type Protected = Many;
 
     fn frames(&self) -> &MmapPool {
         &self.frames
     }
 
-    fn protected(&self) -> &Least {
+    fn protected(&self) -> &Many {
         &self.table
     }
 
@@ -63,7 +97,13 @@ impl Host for Asked {
     }
 
     fn lookup_private(&self, slot: &Slot<Pfn>, gfn: Gfn) -> Lookup {
-        self.answers().private.unwrap_or(page(slot, gfn))
+        let answers = self.answers();
+        match answers.moved {
+            Some((moved, to)) if moved == gfn => {
+                Lookup::Mapped(Mapping::memory(to, Level::L1, Perms::RWX))
+            }
+            _ => answers.private.unwrap_or(page(slot, gfn)),
+        }
     }
 
     fn lookup_private_blocking(&self, slot: &Slot<Pfn>, gfn: Gfn) -> Lookup {
@@ -102,7 +142,7 @@ fn slot(first: Pfn) -> Slot<Pfn> {
 fn guest() -> (TestMmu, SlotId) {
     let host = Asked {
         frames: pool(),
-        table: Least::new(Capabilities::none()),
+        table: Many(Least::new(Capabilities::none().range_ops())),
         tlb: TlbTracker::new(),
         answers: Mutex::default(),
     };
@@ -255,6 +295,28 @@ fn a_look_up_that_finds_no_page_is_the_embedders() {
             assert_eq!(vcpu.fault(private(n)), FIXED);
         }
     }
+}
+
+/// One call maps neighbours whose pages follow each other. A page that lies elsewhere is mapped as well, by another call.
+#[test]
+fn pages_that_do_not_follow_each_other_are_mapped_ahead_each_where_it_is() {
+    let (mmu, _) = guest();
+    let elsewhere = Pfn(0x40_0000);
+    mmu.host().answers().moved = Some((Gfn(10), elsewhere));
+    let mut vcpu = mmu.vcpu().unwrap();
+    let done = vcpu.prefault(Gfn(0)..Gfn(20), Visibility::Private).unwrap();
+    assert_eq!((done.frames, done.stopped), (20, None));
+    for n in 0..20 {
+        let expected = if n == 10 {
+            elsewhere
+        } else {
+            Pfn(0x10_0000 + n)
+        };
+        assert_eq!(mapped(&mmu, n), Some(expected));
+    }
+    assert_eq!(mmu.audit_protected(SPACE).different, 0);
+    let calls = mmu.stats().protected.calls_of(HandOffStep::Install);
+    assert!(calls < 10, "{calls} calls for 20 pages");
 }
 
 /// A host that implements no more than it must.
