@@ -407,10 +407,12 @@ both_formats! {
             assert_eq!(beyond, Err(DirtyLogError::BeyondEnd { first, given, words }));
         }
         // Whole words and parts of words, no frame more.
-        dirty.mark(60, 200);
-        let marked = Vec::from_iter((0..PAGES).filter(|&offset| dirty.is_marked(offset)));
-        assert_eq!(marked, Vec::from_iter(60..260));
-        assert_eq!(collect(&rig), marked);
+        for (first, count) in [(60, 200), (64, 64), (0, 63), (1, 63), (65, 63), (63, 1)] {
+            dirty.mark(first, count);
+            let marked = Vec::from_iter((0..PAGES).filter(|&offset| dirty.is_marked(offset)));
+            assert_eq!(marked, Vec::from_iter(first..first + count));
+            assert_eq!(collect(&rig), marked);
+        }
         assert!(!dirty.is_marked(PAGES) && !dirty.is_marked(u64::MAX));
         // Bits past the last frame stand for nothing.
         dirty.mark(PAGES - 1, u64::MAX);
