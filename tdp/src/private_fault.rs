@@ -169,6 +169,8 @@ impl<F: Format, H: Host> Vcpu<F, H> {
             let Attempt::Step(step) = attempt else {
                 return Ok(self.core.ctx.retry(RetryReason::Backing));
             };
+            // Whether a sweep has already waited as long as this fault may.
+            let mut waited = false;
             let reason = match step {
                 Step::Done(outcome) => {
                     self.core.sent_back.resolved(gfn);
@@ -181,7 +183,10 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                         // The way is free: nothing to wait for.
                         Ok(()) => continue,
                         Err(error) => match error.cause {
-                            HandOffCause::Busy => RetryReason::Frozen,
+                            HandOffCause::Busy => {
+                                waited = true;
+                                RetryReason::Frozen
+                            }
                             _ => return Ok(self.core.ctx.refused(error)),
                         },
                     }
@@ -195,7 +200,10 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                             RetryReason::Raced
                         }
                         Err(error) => match error.cause {
-                            HandOffCause::Busy => RetryReason::Frozen,
+                            HandOffCause::Busy => {
+                                waited = true;
+                                RetryReason::Frozen
+                            }
                             HandOffCause::OutOfFrames => return Err(FaultError::OutOfFrames),
                             _ => return Ok(self.core.ctx.refused(error)),
                         },
@@ -207,7 +215,7 @@ impl<F: Format, H: Host> Vcpu<F, H> {
                 Origin::Guest => core.may_send_back(gfn),
                 Origin::Prefault | Origin::Image(..) => true,
             };
-            if pause.is_over() {
+            if waited || pause.is_over() {
                 if may_end(&mut self.core) {
                     return Ok(self.core.ctx.retry(reason));
                 }

@@ -247,9 +247,10 @@ fn leave_blocked(rig: &Rig, call: Call) {
     rig.script.clear();
 }
 
-/// Calls of a sweep that stay busy are given up at last; a fault that needs what they were for goes on with it all the same.
+/// Calls of a sweep that stay busy are given up at last. The fault that needs what they were for has waited long enough then:
+/// the guest is entered for its interrupts, and what it comes back for is gone on with.
 #[test]
-fn a_fault_outlasts_a_split_and_a_ticket_that_were_given_up() {
+fn a_fault_is_sent_back_once_by_a_split_and_a_ticket_that_were_given_up() {
     for call in [Call::MemPageDemote, Call::MemTrack] {
         let rig = Rig::running(Level::L2);
         let mut vcpu = rig.vcpu();
@@ -268,6 +269,8 @@ fn a_fault_outlasts_a_split_and_a_ticket_that_were_given_up() {
             Some((Status::OperandBusy, Operand::RCX))
         });
         let wanted = if splits { Level::L1 } else { Level::L2 };
+        let outcome = vcpu.fault(private(3).max_level(wanted));
+        assert_eq!(outcome, Ok(Outcome::Retry(RetryReason::Frozen)), "{call}");
         let outcome = vcpu.fault(private(3).max_level(wanted));
         assert_eq!(outcome, Ok(Outcome::Spurious), "{call}");
         let pages = if splits { [512, 0, 0] } else { [0, 1, 0] };
