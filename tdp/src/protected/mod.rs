@@ -72,7 +72,8 @@ pub struct Capabilities {
     pub leaf_levels_before_finalise: Level,
     /// Largest leaf once it runs.
     pub leaf_levels: Level,
-    /// Pages that the module may ask for during one call ([`Failure::NeedPages`]); donated ahead.
+    /// Pages that the module may ask for during one call ([`Failure::NeedPages`]). For the host, which has to have them: the MMU
+    /// donates what it is asked for.
     pub donation_per_op: u32,
 }
 
