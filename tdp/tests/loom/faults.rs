@@ -218,7 +218,7 @@ fn reuse_against_install() {
 /// table that is linked, or into none; and never looks at a frame that has gone home.
 #[test]
 fn remembered_table_against_reuse() {
-    explore("remembered table x unlink, link again", None, || {
+    explore("remembered table x unlink, link again", Some(4), || {
         let world = World::with_memory(TestHost::new());
         let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
         assert_eq!(theirs.fault(Fault::write(A.address())), Ok(FIXED));
@@ -269,7 +269,7 @@ fn remembered_table_in_a_batch() {
 /// A vCPU works off a batch, one critical section renewed at each fault, while the table below it is unlinked.
 #[test]
 fn batch_against_unlink() {
-    explore("batch x unlink", None, || {
+    explore("batch x unlink", Some(4), || {
         let world = World::with_memory(TestHost::new());
         let [mut ours, mut theirs] = [world.vcpu(), world.vcpu()];
         assert_eq!(ours.fault(Fault::read(B.address())), Ok(FIXED));
