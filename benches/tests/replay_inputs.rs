@@ -127,6 +127,13 @@ fn a_path_that_is_no_trace_is_named() {
     )
     .unwrap();
     assert!(failure(&folder).contains("alone.trace.jsonl: at its end: the trace is empty"));
+    fs::write(
+        folder.join("alone.scenario.json"),
+        r#"{"name":"alone","ops":[{"i":0,"op":"set_user_memory_region","as_id":0,"slot":0,"gpa":"0x0",
+            "size":"0x80000000000","flags":["LOG_DIRTY_PAGES"],"result":{"ret":0}}]}"#,
+    )
+    .unwrap();
+    assert!(failure(&folder).contains("no KVM takes a slot of 0x80000000000 bytes"));
     let output = bench(&folder, &["--limit-faults", "0"]);
     assert_eq!(output.status.code(), Some(2));
 }

@@ -176,7 +176,8 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError`] if it is empty, reaches too far, overlaps another or its id is taken; nothing changed.
+    /// [`SlotError`] if it is empty, reaches too far, overlaps another, its id is taken or it is too large for its log; nothing
+    /// changed.
     pub fn insert(&self, slot: Slot<H::Backing>) -> Result<SlotId, SlotError> {
         self.check_space(slot.as_id())?;
         let _writer = self.shared.slots.writer.lock();
@@ -237,7 +238,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError::NoSuchSlot`].
+    /// [`SlotError::NoSuchSlot`], [`SlotError::TooLargeToLog`].
     pub fn set_flags(
         &self,
         as_id: AddressSpaceId,
@@ -307,8 +308,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         self.shared
             .remove_private(as_id, gfns)
             .map_err(SlotError::Private)?;
-        core::mem::forget(changing);
+        // Without memory for a new log the slot stays as it was.
         self.change(as_id, id, |slot| change(slot.changing(false)))?;
+        core::mem::forget(changing);
         Ok(teardown)
     }
 

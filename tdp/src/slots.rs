@@ -219,6 +219,12 @@ pub enum SlotError {
         /// Its frames.
         other_gfns: GfnRange,
     },
+    /// More frames than a log has room for, 2^31 - 1, or no memory for the log.
+    #[error("slot {gfns} is too large to be logged")]
+    TooLargeToLog {
+        /// What was asked for.
+        gfns: GfnRange,
+    },
     /// The id is taken.
     #[error("slot id {} is in use", id.0)]
     IdInUse {
@@ -343,7 +349,7 @@ impl<B: Clone> Snapshot<B> {
         slot.bitmap = None;
         let mut next = self.next();
         // It may be a copy of one that was going away.
-        next.put(slot.changing(false));
+        next.put(slot.changing(false))?;
         Ok((next, id))
     }
 
@@ -362,7 +368,7 @@ impl<B: Clone> Snapshot<B> {
         let mut next = self.next();
         next.spaces[usize::from(as_id.0)].retain(|slot| slot.id != id);
         if let Some(slot) = changed {
-            next.put(slot);
+            next.put(slot)?;
         }
         Ok(next)
     }
@@ -374,16 +380,19 @@ impl<B: Clone> Snapshot<B> {
         })
     }
 
-    fn put(&mut self, mut slot: Slot<B>) {
+    fn put(&mut self, mut slot: Slot<B>) -> Result<(), SlotError> {
         if !slot.flags.contains(SlotFlags::LOG_DIRTY) {
             slot.bitmap = None;
         } else if slot.bitmap.is_none() {
             let marked = slot.flags.contains(SlotFlags::LOG_INITIALLY_SET);
-            slot.bitmap = Some(Arc::new(DirtyBitmap::new(slot.pages, marked)));
+            let bitmap = DirtyBitmap::new(slot.pages, marked);
+            let bitmap = bitmap.ok_or(SlotError::TooLargeToLog { gfns: slot.gfns() })?;
+            slot.bitmap = Some(Arc::new(bitmap));
         }
         let space = &mut self.spaces[usize::from(slot.as_id.0)];
         let at = space.partition_point(|other| other.start < slot.start);
         space.insert(at, Arc::new(slot));
+        Ok(())
     }
 }
 

@@ -5,6 +5,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 
+/// Pages of the largest slot that KVM takes (`KVM_MEM_MAX_NR_PAGES` in its `include/linux/kvm_host.h`).
+const MOST_SLOT_PAGES: u64 = (1 << 31) - 1;
+
 /// A memory slot as user space asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
@@ -193,6 +196,9 @@ impl RawOp {
             return Err(format!(
                 "slot at {gpa:#x} of {size:#x} bytes is not page-aligned"
             ));
+        }
+        if size >> 12 > MOST_SLOT_PAGES {
+            return Err(format!("no KVM takes a slot of {size:#x} bytes"));
         }
         let flags = self
             .fields

@@ -3,7 +3,12 @@
 //! The protocol is told in [`dirty`](crate::dirty).
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 use tdp_rcu::sync::{AtomicU64, Ordering};
+
+/// Frames of the largest slot that is logged, 8 TiB less one: those of a slot of KVM's (`KVM_MEM_MAX_NR_PAGES` in its
+/// `include/linux/kvm_host.h`). The marks are 256 MiB then.
+pub(crate) const MOST_FRAMES: u64 = (1 << 31) - 1;
 
 /// Marks of one slot. Shared by all states of the slot for as long as it is logged. On lines of its own: faults read where the
 /// words are, and who asks for the log counts up the references to it, just before.
@@ -15,19 +20,25 @@ pub(crate) struct DirtyBitmap {
 }
 
 impl DirtyBitmap {
-    /// For `frames` frames, all marked or none.
-    pub(crate) fn new(frames: u64, marked: bool) -> Self {
-        let count = usize::try_from(frames.div_ceil(64)).unwrap_or(usize::MAX);
+    /// For `frames` frames, all marked or none. `None` for more than [`MOST_FRAMES`], and without memory for it.
+    pub(crate) fn new(frames: u64, marked: bool) -> Option<Self> {
+        let count = usize::try_from(frames.min(MOST_FRAMES + 1).div_ceil(64)).ok()?;
+        let mut words = Vec::new();
+        // What a file or another process says decides on the size: running out of memory must not end the host.
+        if frames > MOST_FRAMES || words.try_reserve_exact(count).is_err() {
+            return None;
+        }
+        words.extend((0..count).map(|_| AtomicU64::new(0)));
         let bitmap = Self {
-            words: (0..count).map(|_| AtomicU64::new(0)).collect(),
+            words: words.into_boxed_slice(),
             frames,
         };
         if marked {
-            for index in 0..count {
-                bitmap.words[index].store(bitmap.valid(index), Ordering::Relaxed);
+            for (index, word) in bitmap.words.iter().enumerate() {
+                word.store(bitmap.valid(index), Ordering::Relaxed);
             }
         }
-        bitmap
+        Some(bitmap)
     }
 
     /// Words of 64 frames.

@@ -218,6 +218,28 @@ both_formats! {
         assert_eq!(ranges(&slots, SPACE).len(), 5);
     }
 
+    /// A log needs memory in proportion to its slot: how much a slot may have is for the embedder's caller to say, and what is
+    /// too much is told, not tried.
+    fn the_log_of_a_slot_has_a_bound<F>() {
+        let rig = Rig::<F>::new();
+        let slots = rig.mmu.slots();
+        let most = (1 << 31) - 1;
+        let too_large = slot(0, most + 1).with_flags(SlotFlags::LOG_DIRTY);
+        let refused = Err(SlotError::TooLargeToLog { gfns: gfns(0, most + 1) });
+        assert_eq!(slots.insert(too_large), refused);
+        assert_eq!(ranges(&slots, SPACE), []);
+        let id = slots.insert(slot(0, most + 1)).expect("a free range");
+        let refused = refused.map(drop);
+        for flags in [SlotFlags::LOG_DIRTY, SlotFlags::LOG_DIRTY | SlotFlags::READ_ONLY] {
+            assert_eq!(slots.set_flags(SPACE, id, flags), refused);
+            let still = slots.by_id(SPACE, id).expect("it stays");
+            assert_eq!(still.flags(), SlotFlags::empty());
+        }
+        slots.remove(SPACE, id).expect("it is there");
+        let logged = slot(0, 0x100).with_flags(SlotFlags::LOG_DIRTY);
+        assert!(slots.insert(logged).is_ok());
+    }
+
     /// Slots are found by frame and by id, and say what they were made with.
     fn slots_are_found<F>() {
         let rig = Rig::<F>::new();
