@@ -3,12 +3,12 @@
 
 mod walker_support;
 
-use tdp_arch::walker::{EptConfig, GuestAccess, Permissions, ReadOnly, Walker};
+use tdp_arch::walker::{EptConfig, GuestAccess, Permissions, PhysicalMemory, ReadOnly, Walker};
 use tdp_arch::{Hpa, Level};
 use walker_support::ept::{
     A, D, GPA, PAGE, WB, bit, mode_based, outcome, plain, violation, walk, walker,
 };
-use walker_support::{ROOT, entry, memory_with};
+use walker_support::{Memory, ROOT, entry, memory_with};
 
 /// 29.3.3.2 and table 28-7: which access which bits allow, and bits 2:0 and 5:3 of the exit qualification.
 #[test]
@@ -288,4 +288,18 @@ fn a_read_only_view_decides_flags_but_stores_none() {
         walker(EptConfig::default()).walk(&ReadOnly(&memory), ROOT, GPA, GuestAccess::Write);
     assert!(found.expect("allowed").dirty);
     assert_eq!(memory.snapshot(), before);
+}
+
+/// An exchange by a view that stores nothing fails where it would, so that a walk looks again at an entry that has changed.
+#[test]
+fn a_read_only_view_tells_of_a_change() {
+    let memory = Memory::new();
+    memory.set(0x1000, 5);
+    let view = ReadOnly(&memory);
+    assert_eq!(view.compare_exchange(Hpa(0x1000), 5, 6), Ok(()));
+    assert_eq!(view.compare_exchange(Hpa(0x1000), 6, 7), Err(5));
+    assert_eq!(memory.get(0x1000), 5);
+    // Through a reference it is the memory itself.
+    let stored = PhysicalMemory::compare_exchange(&&memory, Hpa(0x1000), 5, 6);
+    assert_eq!((stored, memory.get(0x1000)), (Ok(()), 6));
 }

@@ -463,6 +463,13 @@ fn impossible_configurations_are_refused() {
         };
         assert_eq!(NptWalker::new(config), Err(ConfigError::PhysicalBits(bits)));
     }
+    for bits in [32, 52] {
+        let config = NptConfig {
+            physical_bits: bits,
+            ..plain()
+        };
+        assert!(NptWalker::new(config).is_ok(), "{bits} bits are possible");
+    }
     let config = NptConfig {
         root_level: Level::L3,
         ..plain()
