@@ -217,6 +217,34 @@ fn a_stuck_section_does_not_make_every_retirement_drive() {
 }
 
 #[test]
+fn no_more_than_the_bound_is_not_over_it() {
+    let w = world(64);
+    let mut reader = w.domain.reader();
+    let _section = reader.enter();
+    for _ in 0..64 {
+        w.retire();
+    }
+    assert!(!w.domain.is_over_bound());
+    w.retire();
+    assert!(w.domain.is_over_bound());
+}
+
+#[test]
+fn reclaiming_goes_on_until_something_is_freed() {
+    let w = world(1000);
+    let mut reader = w.domain.reader();
+    w.retire();
+    assert_eq!(w.domain.reclaim(5), 1);
+    assert_eq!(w.domain.counters().drives, 1, "that was enough");
+    let section = reader.enter();
+    w.retire();
+    assert_eq!(w.domain.reclaim(5), 0);
+    assert_eq!(w.domain.counters().drives, 6, "every attempt is made");
+    drop(section);
+    assert_eq!(w.domain.reclaim(5), 1);
+}
+
+#[test]
 fn weightless_garbage_waits_too() {
     let w = world(64);
     let visit = w.domain.visit();
@@ -310,6 +338,7 @@ fn garbage_may_retire_garbage() {
         },
         1,
     );
+    assert_eq!(domain.counters().drives, 1, "none from within another");
     assert!(domain.drain(left + 2));
     assert_eq!(drops.load(Ordering::Relaxed), left + 1);
 }
