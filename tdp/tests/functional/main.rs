@@ -50,4 +50,5 @@ mod roots;
 mod slots;
 mod split;
 mod steps;
+mod tlb;
 mod zap;
