@@ -52,8 +52,9 @@ fn writes_by_way_of_guest_memory_are_logged() {
     mmu.slots()
         .set_flags(SPACE, id, SlotFlags::LOG_DIRTY)
         .unwrap();
-    // One byte, two pages across their edge, the last byte.
+    // One byte, a whole page, two pages across their edge, the last byte.
     write(4096 * 2 + 5, 1);
+    write(4096 * 10, 4096);
     write(4096 * 70 + 4090, 12);
     write(4096 * PAGES - 1, 1);
     let mut vcpu = mmu.vcpu().unwrap();
@@ -67,7 +68,7 @@ fn writes_by_way_of_guest_memory_are_logged() {
     log.collect(&mut words).unwrap().flush();
     let marked = |&n: &u64| words[(n / 64) as usize] >> (n % 64) & 1 != 0;
     let marked: Vec<u64> = (0..PAGES).filter(marked).collect();
-    assert_eq!(marked, [2, 70, 71, 100, PAGES - 1]);
+    assert_eq!(marked, [2, 10, 70, 71, 100, PAGES - 1]);
     assert!(!bitmap.dirty_at(4096 * 2));
     bitmap.mark_dirty(4096 * (PAGES as usize - 1), usize::MAX);
     bitmap.mark_dirty(usize::MAX, usize::MAX);

@@ -124,6 +124,20 @@ both_formats! {
         }
     }
 
+    /// A read that gives an aged leaf back marks nothing.
+    fn a_read_of_an_aged_page_marks_nothing<F>() {
+        let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Software, Level::L1, 0);
+        log(&rig, LOG);
+        let mut cpu = rig.processor(rig.vcpu());
+        write(&mut cpu, 9);
+        assert_eq!(collect(&rig), [9]);
+        assert!(rig.mmu.age(SPACE, Gfn(FIRST)..Gfn(FIRST + PAGES)));
+        assert!(cpu.run(page(9), Access::Read).is_ok());
+        assert_eq!(collect(&rig), [0; 0]);
+        write(&mut cpu, 9);
+        assert_eq!(collect(&rig), [9]);
+    }
+
     /// Large leaves are protected whatever the tracking; the first write splits them and marks its own page alone. Split at
     /// once they are tracked as small ones are.
     fn large_leaves_are_split_at_once_or_by_the_first_write<F>() {
@@ -194,7 +208,7 @@ both_formats! {
             assert!(taken.is_err());
             // The page can be written unseen still: it has to be told.
             assert!(cpu.touch(page(24), Access::Write).result.is_ok());
-            assert!(collect(&rig).contains(&24), "by mask: {by_mask}");
+            assert_eq!(collect(&rig), Vec::from_iter(0..PAGES), "by mask: {by_mask}");
             assert_eq!(rig.mmu.audit().misplaced, 0);
         }
     }
@@ -231,6 +245,71 @@ both_formats! {
         dirty.mark(127, 3);
         assert!(dirty.is_marked(128) && !dirty.is_marked(126));
         assert_eq!(collect(&rig), [0, 63, 127, 128, 129, 130]);
+    }
+
+    /// Clearing a mark touches the leaf of its page alone: no neighbour in the word, nor in the other table where a word reaches
+    /// into two.
+    fn clearing_touches_only_what_is_named<F>() {
+        let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 0);
+        log(&rig, LOG | SlotFlags::LOG_MANUAL);
+        let mut cpu = rig.processor(rig.vcpu());
+        // Page 24 is the first of its table.
+        let offsets = [0, 20, 23, 24, 30, 40, 63];
+        for offset in offsets {
+            write(&mut cpu, offset);
+        }
+        let dirty = rig.mmu.dirty_log(SPACE, ID).expect("it is logged");
+        let mut cleared = Vec::new();
+        for offset in [23, 40, 24] {
+            let pending = dirty.clear(0, &[1 << offset]).expect("in range");
+            assert_eq!(pending.leaves(), 1);
+            pending.flush();
+            cleared.push(offset);
+            for other in offsets {
+                let found = cpu.touch(page(other), Access::Write).result;
+                assert_eq!(found.is_err(), cleared.contains(&other), "{other} after {cleared:?}");
+            }
+        }
+    }
+
+    /// A log of more words than are taken at a time: what is marked, taken and restricted are the same pages, at its end as
+    /// at its beginning.
+    fn a_long_log_is_told_in_full<F>() {
+        const AT_A_TIME: u64 = 64 * 64;
+        let marked = [5, 70, AT_A_TIME - 1, AT_A_TIME, AT_A_TIME + 133, 2 * AT_A_TIME + 200];
+        for flags in [LOG, LOG | SlotFlags::LOG_MANUAL] {
+            let rig = Rig::<F>::new();
+            let memory = Memory::new(Pfn(BASE), Level::L1);
+            let slot = Slot::new(Gfn(FIRST)..Gfn(FIRST + 3 * AT_A_TIME - 30), memory);
+            rig.mmu.slots().insert(slot.with_id(ID)).expect("the first slot");
+            log(&rig, flags);
+            let mut cpu = rig.processor(rig.vcpu());
+            for offset in marked {
+                write(&mut cpu, offset);
+            }
+            let dirty = rig.mmu.dirty_log(SPACE, ID).expect("it is logged");
+            for offset in marked {
+                assert!(dirty.is_marked(offset), "frame {offset}");
+            }
+            for offset in [6, 69, AT_A_TIME + 5, AT_A_TIME + 134, 2 * AT_A_TIME + 5, 1 << 40] {
+                assert!(!dirty.is_marked(offset), "frame {offset}");
+            }
+            assert_eq!(collect(&rig), marked);
+            let first = if flags == LOG {
+                0
+            } else {
+                // All but the first word, which holds one page.
+                let rest = vec![u64::MAX; dirty.words() - 1];
+                dirty.clear(64, &rest).expect("in range").flush();
+                assert_eq!(collect(&rig), [5]);
+                assert!(cpu.touch(page(5), Access::Write).result.is_ok(), "not cleared");
+                1
+            };
+            for offset in &marked[first..] {
+                let found = cpu.touch(page(*offset), Access::Write).result;
+                assert!(found.is_err(), "the next write to frame {offset} is noticed");
+            }
+        }
     }
 
     /// A log that begins full changes no leaf before it is cleared, and then those that the mask names.
@@ -298,10 +377,11 @@ both_formats! {
             assert_eq!((ring.capacity(), ring.len()), (1024, 0));
             let harvest = || {
                 let mut pages = Vec::new();
-                ring.harvest(|page: DirtyPage| {
+                let seen = ring.harvest(|page: DirtyPage| {
                     assert_eq!((page.as_id, page.slot), (SPACE, ID));
                     pages.push(page.offset);
                 });
+                assert_eq!(seen, pages.len() as u64);
                 pages
             };
             for offset in [70, 3, 70, 1199, 4] {
@@ -326,6 +406,7 @@ both_formats! {
                 // What is pushed nevertheless goes into the reserve, then to the bitmap.
                 let logged: Vec<Gpa> = (0..700).map(|n| page(n % PAGES)).collect();
                 cpu.vcpu.log_modified(&logged);
+                assert!(ring.is_full(), "beyond the limit too");
                 let harvested = harvest();
                 assert_eq!(harvested.len(), 1024);
                 assert_eq!(harvested[..filled as usize], Vec::from_iter(0..filled));
@@ -336,6 +417,26 @@ both_formats! {
                 assert_eq!(harvest(), [0]);
             }
         }
+    }
+
+    /// The ring of a vCPU that is gone is there until what it holds has been taken and reset, and no longer.
+    fn a_ring_outlives_its_vcpu_while_it_holds_something<F>() {
+        let rig = rig_with::<F>(DirtyTracking::WriteProtect, AdBits::Processor, Level::L1, 1024);
+        log(&rig, LOG);
+        let idle = rig.vcpu();
+        let mut cpu = rig.processor(rig.vcpu());
+        write(&mut cpu, 7);
+        drop((cpu, idle));
+        let rings = rig.mmu.dirty_rings();
+        assert_eq!(rings.len(), 1, "one holds nothing");
+        let mut pages = Vec::new();
+        rings[0].harvest(|page| pages.push(page.offset));
+        assert_eq!(pages, [7]);
+        drop(rings);
+        let pending = rig.mmu.reset_dirty_rings();
+        assert_eq!(pending.leaves(), 1);
+        pending.flush();
+        assert!(rig.mmu.dirty_rings().is_empty());
     }
 
     /// Rings hold pages of both address spaces: a reset is flushed in both.
