@@ -19,11 +19,7 @@ fn assert_says(error: &dyn Error, what: &str) {
 
 #[test]
 fn impossible_settings_are_refused() {
-    let cases: [(Change, BuildError, &str); 15] = [
-        // A ring holds a power of two of pages, and enough for who harvests it to come by in time.
-        (|b| b.dirty_ring(1), BuildError::DirtyRing(1), "1024"),
-        (|b| b.dirty_ring(512), BuildError::DirtyRing(512), "512"),
-        (|b| b.dirty_ring(1025), BuildError::DirtyRing(1025), "1025"),
+    let cases: [(Change, BuildError, &str); 20] = [
         (|b| b.levels(Level::L3), BuildError::Levels(Level::L3), "3"),
         (|b| b.levels(Level::L1), BuildError::Levels(Level::L1), "1"),
         (|b| b.address_spaces(0), BuildError::AddressSpaces(0), "0"),
@@ -56,7 +52,26 @@ fn impossible_settings_are_refused() {
             BuildError::Levels(Level::L2),
             "2",
         ),
+        // Too short, and no power of two.
+        (|b| b.dirty_ring(1), BuildError::DirtyRing(1), "1024"),
+        (|b| b.dirty_ring(512), BuildError::DirtyRing(512), "512"),
+        (|b| b.dirty_ring(1025), BuildError::DirtyRing(1025), "1025"),
+        (|b| b.dirty_ring(1536), BuildError::DirtyRing(1536), "1536"),
+        // No bit of a frame number; one below the root entries; one past what the tables reach; one that no address has.
+        (|b| b.shared_bit(11), BuildError::SharedBit(11), "11"),
+        (|b| b.shared_bit(38), BuildError::SharedBit(38), "38"),
+        (|b| b.shared_bit(48), BuildError::SharedBit(48), "48"),
+        (|b| b.shared_bit(200), BuildError::SharedBit(200), "200"),
     ];
+    let possible: [Change; 3] = [
+        |b| b.dirty_ring(1024),
+        |b| b.shared_bit(39),
+        |b| b.shared_bit(47),
+    ];
+    for change in possible {
+        let builder = Mmu::<Ept, _>::builder(TestHost::new(pool(8)));
+        assert!(change(builder).build().is_ok());
+    }
     for (change, expected, named) in cases {
         let builder = Mmu::<Ept, _>::builder(TestHost::new(pool(8)));
         let error = change(builder).build().expect_err("it is impossible");
