@@ -186,6 +186,29 @@ both_formats! {
         }
     }
 
+    /// Where the host says that the guest's own memory types are not to count, the processor finds that too (EPT; NPT has no
+    /// such bit), whichever way the leaf was made.
+    fn the_guests_memory_type_is_ignored_where_the_host_says_so<F>() {
+        let rig = Rig::<F>::new();
+        let mut vcpu = rig.vcpu();
+        // The first of each size by the long way, the second of the small ones by what is remembered of the first.
+        for (gfn, level) in [(0, Level::L2), (512, Level::L1), (513, Level::L1), (514, Level::L1)] {
+            let mapping = tdp::Mapping {
+                ignore_guest_pat: gfn != 514,
+                ..tdp::Mapping::memory(Pfn(4 * GIB + gfn), level, Perms::RWX)
+            };
+            assert_eq!(vcpu.map(Gfn(gfn), mapping, Access::Write), Ok(fixed(level)));
+            let root = vcpu.load_root().expect("the root is there");
+            let memory = tdp::TableMemory::new(rig.frames());
+            let found = F::walker(rig.setup)
+                .walk(&memory, root.hpa, Gfn(gfn).address(), GuestAccess::Read)
+                .expect("it was fixed");
+            if let LeafMemoryType::Ept { ignore_pat, .. } = found.memory_type {
+                assert_eq!(ignore_pat, gfn != 514, "frame {gfn}");
+            }
+        }
+    }
+
     /// The root, as the vCPU has to load it.
     fn the_root_is_as_the_processor_wants_it<F>() {
         let rig = Rig::<F>::new();

@@ -50,6 +50,58 @@ both_formats! {
         }
     }
 
+    /// Each leaf is what its own mapping says, whatever the one that was made before it is remembered as.
+    fn a_leaf_is_made_as_its_own_mapping_says<F>() {
+        let kinds = [Perms::RWX, Perms::RX, Perms::RWX, Perms::READ, Perms::RW];
+        let rig = rig_with::<F>(Level::L1);
+        let mut vcpu = rig.vcpu();
+        for (kind, perms) in kinds.into_iter().enumerate() {
+            rig.host().permit(perms);
+            let first = 8 * kind as u64;
+            for gfn in first..first + 3 {
+                assert_eq!(vcpu.fault(Fault::read(Gfn(gfn).address())), Ok(fixed(Level::L1)));
+                rig.assert_maps(&mut vcpu, Gfn(gfn), Pfn(BASE + gfn), Level::L1, perms);
+            }
+            for gfn in first + 3..first + 6 {
+                let mapping = tdp::Mapping::memory(Pfn(gfn), Level::L1, perms);
+                assert_eq!(vcpu.map(Gfn(gfn), mapping, Access::Read), Ok(fixed(Level::L1)));
+                rig.assert_maps(&mut vcpu, Gfn(gfn), Pfn(gfn), Level::L1, perms);
+            }
+        }
+        // The last frame that an entry can name, and those past it; one that may not be written either.
+        let limit = 1 << (rig.setup.physical_bits - 12);
+        let mapping = tdp::Mapping::memory(Pfn(limit), Level::L1, Perms::READ);
+        let refused = Outcome::MemoryFault(MemoryFault::NotPermitted);
+        assert_eq!(vcpu.map(Gfn(101), mapping, Access::Write), Ok(refused));
+        let mut map = |gfn: u64, pfn: u64| {
+            let mapping = tdp::Mapping::memory(Pfn(pfn), Level::L1, Perms::RW);
+            vcpu.map(Gfn(gfn), mapping, Access::Write)
+        };
+        for pfn in [limit, limit + 1, u64::MAX >> 12] {
+            let refused = Outcome::MemoryFault(MemoryFault::NotBacked);
+            assert_eq!(map(100, pfn), Ok(refused), "{pfn:#x}");
+        }
+        assert_eq!(map(100, limit - 1), Ok(fixed(Level::L1)));
+        rig.assert_maps(&mut vcpu, Gfn(100), Pfn(limit - 1), Level::L1, Perms::RW);
+    }
+
+    /// A leaf that may not be written is not to be written after it was widened for something else, neither by the host's leave
+    /// nor by the MMU's own.
+    fn a_leaf_widened_for_fetching_is_no_more_writable<F>() {
+        for level in [Level::L1, Level::L2] {
+            let rig = rig_with::<F>(level);
+            let mut vcpu = rig.vcpu();
+            rig.host().permit(Perms::READ);
+            assert_eq!(vcpu.fault(Fault::read(Gpa(0))), Ok(fixed(level)));
+            rig.host().permit(Perms::RX);
+            assert_eq!(vcpu.fault(Fault::execute(Gpa(0))), Ok(fixed(level)));
+            let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it was fixed");
+            assert_eq!(leaf.spte.0 & (F::WRITABLE | F::MMU_WRITABLE | F::HOST_WRITABLE), 0);
+            let refused = Outcome::MemoryFault(MemoryFault::NotPermitted);
+            assert_eq!(vcpu.fault(Fault::write(Gpa(0))), Ok(refused));
+        }
+    }
+
     /// An access that the host does not permit is the embedder's, and changes nothing.
     fn what_the_host_does_not_permit_is_reported<F>() {
         let rig = rig_with::<F>(Level::L2);
@@ -63,6 +115,26 @@ both_formats! {
         assert_eq!(vcpu.fault(Fault::write(gpa)), Ok(refused));
         rig.assert_maps(&mut vcpu, Gfn(1), Pfn(BASE + 1), Level::L2, Perms::RX);
         assert_eq!(rig.mmu.stats().memory_faults, 2);
+        // Nor is there an EPT leaf that can be written and not read; one of NPT that can be written can be read.
+        for level in [Level::L1, Level::L2] {
+            let odd = tdp::Mapping::memory(Pfn(BASE), level, Perms::WRITE);
+            let found = vcpu.map(Gfn(9216), odd, Access::Write);
+            if F::NAME == "ept" {
+                assert_eq!(found, Ok(refused));
+                rig.assert_absent(&mut vcpu, Gfn(9216), Report::Absent);
+            } else {
+                assert_eq!(found, Ok(fixed(level)));
+                rig.mmu.zap(SPACE, Gfn(9216)..Gfn(9216 + 512)).flush();
+            }
+        }
+        // Nor does it become possible by a frame that no entry can name.
+        for level in [Level::L1, Level::L2] {
+            let beyond = tdp::Mapping::memory(Pfn(1 << 40), level, Perms::RX);
+            assert_eq!(vcpu.map(Gfn(9000), beyond, Access::Write), Ok(refused));
+            let unbacked = Outcome::MemoryFault(MemoryFault::NotBacked);
+            assert_eq!(vcpu.map(Gfn(9000), beyond, Access::Read), Ok(unbacked));
+        }
+        rig.assert_absent(&mut vcpu, Gfn(9000), Report::Absent);
     }
 
     /// A new leaf is accessed unless nobody asked for it, and dirty if it may be written; then the processor sets the
@@ -189,6 +261,8 @@ both_formats! {
         assert_eq!(rig.mmu.stats().pages, [1, 1, 0]);
         assert_eq!(rig.mmu.stats().tables, 3);
         rig.assert_maps(&mut cpu.vcpu, Gfn(511), Pfn(BASE + 511), Level::L2, Perms::RWX);
+        let leaf = rig.mmu.translate(SPACE, Gfn(3)).expect("it was fixed");
+        assert_eq!(flags::<F>(leaf), (true, true), "by the fault and by what was below");
         // Two levels at once.
         let fault = Fault::write(Gfn(700).address());
         assert_eq!(cpu.vcpu.fault(fault), Ok(fixed(Level::L3)));
@@ -201,6 +275,38 @@ both_formats! {
         rig.mmu.synchronize();
         assert_eq!(rig.mmu.stats().garbage.pending, 0);
         assert_eq!(before - rig.frames().allocated(), 3);
+    }
+
+    /// A small leaf that permits more than the large one would keeps its table, wherever in it the leaf is, and whether it may be
+    /// written now or is only to be asked for no leave; one that permits no more does not.
+    fn a_wider_leaf_below_keeps_its_table<F>() {
+        let sizes = [(Level::L2, Level::L1), (Level::L3, Level::L2)];
+        for (large, small) in sizes {
+            for index in [0, 5, 511] {
+                let gfn = Gfn(index * small.pages());
+                let other = Gfn(100 * small.pages());
+                for protected in [false, true] {
+                    let rig = rig_with::<F>(large);
+                    let mut vcpu = rig.vcpu();
+                    let fault = Fault::write(gfn.address()).max_level(small);
+                    assert_eq!(vcpu.fault(fault), Ok(fixed(small)));
+                    if protected {
+                        rig.mmu.write_protect(SPACE, Gfn(0)..Gfn(1 << 18), Level::L1).flush();
+                    }
+                    let before = rig.mmu.translate(SPACE, gfn);
+                    rig.host().permit(Perms::RX);
+                    assert_eq!(vcpu.fault(Fault::read(other.address())), Ok(fixed(small)));
+                    assert_eq!(rig.mmu.translate(SPACE, gfn), before, "{protected}");
+                }
+                let rig = rig_with::<F>(large);
+                let mut vcpu = rig.vcpu();
+                rig.host().permit(Perms::RX);
+                let fault = Fault::read(gfn.address()).max_level(small);
+                assert_eq!(vcpu.fault(fault), Ok(fixed(small)));
+                assert_eq!(vcpu.fault(Fault::read(other.address())), Ok(fixed(large)));
+                rig.assert_maps(&mut vcpu, gfn, Pfn(BASE + gfn.0), large, Perms::RX);
+            }
+        }
     }
 
     /// The backing changed behind the MMU's back: the old page is flushed before the new one is mapped.
@@ -221,5 +327,33 @@ both_formats! {
         rig.assert_maps(&mut cpu.vcpu, Gfn(0), Pfn(BASE + 0x777), Level::L1, Perms::RWX);
         let found = cpu.touch(Gpa(0), Access::Read).result.expect("it is mapped");
         assert_eq!(found.pfn, Pfn(BASE + 0x777));
+    }
+
+    /// What was taken from a leaf for a while is given back to nobody who does not ask for it, and not if it maps another page
+    /// by now.
+    fn a_leaf_is_given_back_to_who_asks_for_its_page<F>() {
+        for level in [Level::L1, Level::L2] {
+            let rig = rig_with::<F>(level);
+            let mut vcpu = rig.vcpu();
+            let mapping = |pfn| tdp::Mapping::memory(Pfn(pfn), level, Perms::RWX);
+            // The second block is for the way to it to be known.
+            for gfn in [0, 512] {
+                let mapped = vcpu.map(Gfn(gfn), mapping(BASE + gfn), Access::Write);
+                assert_eq!(mapped, Ok(fixed(level)));
+            }
+            rig.mmu.write_protect(SPACE, Gfn(0)..Gfn(1 << 18), Level::L1).flush();
+            let before = rig.mmu.translate(SPACE, Gfn(0));
+            let prefetch = Fault { prefetch: true, ..Fault::write(Gpa(0)) };
+            assert_eq!(vcpu.fault(prefetch), Ok(Outcome::Spurious));
+            assert_eq!(rig.mmu.translate(SPACE, Gfn(0)), before);
+            let _ = rig.host().take_flushes();
+            let moved = vcpu.map(Gfn(0), mapping(8 * BASE), Access::Write);
+            assert_eq!(moved, Ok(fixed(level)));
+            rig.assert_maps(&mut vcpu, Gfn(0), Pfn(8 * BASE), level, Perms::RWX);
+            assert_eq!(rig.host().take_flushes().len(), 1);
+            let back = vcpu.map(Gfn(512), mapping(BASE + 512), Access::Write);
+            assert_eq!(back, Ok(fixed(level)));
+            assert_eq!(rig.host().take_flushes(), []);
+        }
     }
 }

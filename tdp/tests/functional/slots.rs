@@ -4,8 +4,8 @@ use crate::common::host::{Memory, TestHost};
 use crate::common::processor::{Processor, Report};
 use crate::common::rig::{Rig, RigSetup};
 use tdp::{
-    Access, AddressSpaceId, Fault, Gfn, GfnRange, Gpa, Level, MmuError, Outcome, Perms, Pfn,
-    RetryReason, RootTeardown, Slot, SlotError, SlotFlags, SlotId, SlotRemoval, Slots,
+    Access, AdBits, AddressSpaceId, Fault, Gfn, GfnRange, Gpa, Level, MmuError, Outcome, Perms,
+    Pfn, RetryReason, RootTeardown, Slot, SlotError, SlotFlags, SlotId, SlotRemoval, Slots,
 };
 
 const SPACE: AddressSpaceId = AddressSpaceId(0);
@@ -80,6 +80,35 @@ both_formats! {
                 assert!(matches!(outcome, Ok(Outcome::Fixed { .. } | Outcome::Spurious)));
                 rig.assert_maps(&mut vcpu, Gfn(gfn), Pfn(BASE + gfn), Level::L1, Perms::RWX);
             }
+        }
+    }
+
+    /// What a vCPU remembers of tables is of one address space, and of one kind of root: having gone to another it finds the
+    /// tables there, and those of before when it comes back.
+    fn what_is_remembered_is_of_one_root<F>() {
+        let rig = Rig::<F>::new();
+        let spaces = [(SPACE, BASE), (OTHER, 2 * BASE)];
+        for (space, base) in spaces {
+            let memory = Memory::new(Pfn(base), Level::L1);
+            let slot = Slot::new(Gfn(0)..Gfn(0x200), memory).in_space(space);
+            rig.mmu.slots().insert(slot).expect("the first slot");
+        }
+        let mut vcpu = rig.vcpu();
+        for round in 0..2 {
+            for (space, base) in spaces {
+                vcpu.set_address_space(space).expect("a frame for the root");
+                // By the long way, and by what is remembered.
+                for gfn in (3 * round..).take(3) {
+                    assert_eq!(vcpu.fault(Fault::write(Gfn(gfn).address())), fixed());
+                    rig.assert_maps(&mut vcpu, Gfn(gfn), Pfn(base + gfn), Level::L1, Perms::RWX);
+                }
+            }
+        }
+        let root = vcpu.set_ad_bits(AdBits::Software).expect("a frame for the root");
+        for gfn in 0..3 {
+            assert_eq!(vcpu.fault(Fault::write(Gfn(gfn).address())), fixed());
+            let leaf = rig.entry(root, Gfn(gfn), Level::L1).expect("there is a table");
+            assert!(leaf.0 & F::AD_SOFTWARE != 0);
         }
     }
 
