@@ -133,6 +133,8 @@ pub(crate) struct Script {
     /// Every flush that was asked for.
     pub(crate) flushes: Vec<FlushRequest>,
     pub(crate) lookups: u64,
+    /// What the last look-up that may not sleep was for.
+    pub(crate) asked_for: Option<Access>,
     /// Whether the host promises that vCPUs load their root anew when it is asked to.
     pub(crate) reloads: bool,
     /// How often it was asked to.
@@ -215,10 +217,11 @@ impl Host for TestHost {
         &self.frames
     }
 
-    fn lookup(&self, slot: &Slot<Memory>, gfn: Gfn, _access: Access) -> Lookup {
+    fn lookup(&self, slot: &Slot<Memory>, gfn: Gfn, access: Access) -> Lookup {
         let (lookup, hook) = {
             let mut script = self.script();
             script.lookups += 1;
+            script.asked_for = Some(access);
             let lookup = match script.answer {
                 Answer::Page => Lookup::Mapped(script.mapping(slot, gfn)),
                 Answer::Fixed(lookup) => lookup,

@@ -154,6 +154,8 @@ both_formats! {
         rig.host().script().memory_type = MemoryType::WriteBack;
         rig.host().permit(Perms::RX);
         stays(&rig, "more than the host gives");
+        rig.host().permit(Perms::RW);
+        stays(&rig, "fetches that the host does not give");
         rig.host().script().perms = None;
         rig.host().script().moved.insert(BASE + 5, Pfn(77));
         stays(&rig, "one page of the block is elsewhere");
@@ -238,6 +240,26 @@ both_formats! {
         }
     }
 
+    /// The host is asked for the access that needs most of what the leaf is to permit: it may have to make a page writable first,
+    /// and is not to for one that is only read.
+    fn the_host_is_asked_for_what_the_leaf_permits<F>() {
+        let fetched = if F::NAME == "ept" { Access::Execute } else { Access::Read };
+        let cases = [
+            (Perms::RWX, Access::Read, Access::Write),
+            (Perms::RX, Access::Read, Access::Read),
+            (Perms::EXEC | Perms::USER_EXEC, Access::Execute, fetched),
+        ];
+        for (perms, access, asked) in cases {
+            let rig = rig_with::<F>(AdBits::Processor, slot(Level::L2));
+            rig.host().permit(perms);
+            let mut vcpu = rig.vcpu();
+            assert_eq!(vcpu.fault(small(5, access)), Ok(Outcome::Fixed { level: Level::L1 }));
+            rig.mmu.collapse(SPACE, ALL).flush();
+            assert_eq!(rig.host().script().asked_for, Some(asked), "{perms:?}");
+            assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
+        }
+    }
+
     /// Memory that may not be written stays so.
     fn read_only_memory_stays_read_only<F>() {
         let rig = rig_with::<F>(AdBits::Processor, slot(Level::L2).with_flags(SlotFlags::READ_ONLY));
@@ -265,6 +287,10 @@ both_formats! {
                 rig.mmu.collapse(SPACE, ALL).flush();
                 assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
                 assert_eq!(rig.mmu.test_age(SPACE, ALL), used.is_some(), "{ad_bits:?} {used:?}");
+                // Where the processor keeps the bit, its being clear says enough.
+                let leaf = rig.mmu.translate(SPACE, Gfn(0)).expect("it is mapped");
+                let tracked = ad_bits == AdBits::Software && used.is_none();
+                assert_eq!(F::is_access_tracked(leaf.spte), tracked, "{ad_bits:?} {used:?}");
                 let found = cpu.run(Gfn(511).address(), Access::Write).expect("it is mapped");
                 assert_eq!((found.pfn, found.level), (Pfn(BASE + 511), Level::L2));
             }

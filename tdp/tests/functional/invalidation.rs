@@ -80,6 +80,23 @@ both_formats! {
         drop(third);
     }
 
+    /// One that is dropped takes away and flushes by itself what it covers, and ends then.
+    fn an_invalidation_that_is_dropped_leaves_nothing<F>() {
+        let rig = rig_with::<F>(Level::L1);
+        let mut cpu = rig.processor(rig.vcpu());
+        for gfn in [9, 10, 19] {
+            assert!(cpu.run(Gfn(gfn).address(), Access::Write).is_ok());
+        }
+        drop(rig.mmu.invalidate_begin(SPACE, Gfn(10)..Gfn(20)));
+        let flushed: Vec<_> = rig.host().take_flushes().iter().map(|it| it.range).collect();
+        assert_eq!(flushed, [GfnRange { start: Gfn(10), end: Gfn(20) }]);
+        for gfn in [10, 19] {
+            let touched = cpu.touch(Gfn(gfn).address(), Access::Read);
+            assert_eq!(touched.result, Err(Report::Absent));
+        }
+        assert!(cpu.touch(Gfn(9).address(), Access::Read).result.is_ok());
+    }
+
     /// In a batch too.
     fn a_batch_sees_an_invalidation<F>() {
         let rig = rig_with::<F>(Level::L1);
