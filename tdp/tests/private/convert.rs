@@ -37,6 +37,28 @@ fn conversion_takes_away_what_the_other_half_maps() {
     rig.check();
 }
 
+#[test]
+fn visibilities_are_told_in_runs() {
+    let rig = Rig::running(Level::L1);
+    for range in [Gfn(5)..Gfn(7), Gfn(600)..Gfn(601)] {
+        rig.mmu.convert(SPACE, range, Visibility::Shared).unwrap();
+    }
+    let (private, shared) = (Visibility::Private, Visibility::Shared);
+    let mut runs = Vec::new();
+    rig.mmu.visibilities(Gfn(3)..Gfn(700), |range, visibility| {
+        runs.push((range.start.0..range.end.0, visibility));
+    });
+    let expected = [
+        (3..5, private),
+        (5..7, shared),
+        (7..600, private),
+        (600..601, shared),
+        (601..700, private),
+    ];
+    assert_eq!(runs, expected);
+    assert_eq!(rig.mmu.private_frames(Gfn(3)..Gfn(700)), 697 - 3);
+}
+
 /// A vCPU that goes by what it remembers of a region tells its halves apart all the same.
 #[test]
 fn what_is_remembered_of_a_region_ends_with_a_conversion() {
@@ -151,6 +173,17 @@ fn no_leaf_spans_both_kinds() {
 }
 
 #[test]
+fn no_large_leaf_reaches_into_an_invalidation() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    let invalidation = rig.mmu.invalidate_begin(SPACE, Gfn(5)..Gfn(6));
+    assert_eq!(vcpu.fault(private(100)), fixed(Level::L1));
+    assert_eq!(vcpu.fault(private(600)), fixed(Level::L2));
+    drop(invalidation);
+    rig.check();
+}
+
+#[test]
 fn ranges_that_make_no_sense_are_refused() {
     let rig = Rig::running(Level::L1);
     let with_bit = Gfn(1 << 35)..Gfn((1 << 35) + 1);
@@ -161,6 +194,12 @@ fn ranges_that_make_no_sense_are_refused() {
         ));
         assert!(rig.mmu.zap_private(SPACE, range).is_err());
     }
+    // The last frames that there can be are as good as any.
+    let last = Gfn((1 << 35) - 512)..Gfn(1 << 35);
+    rig.mmu.convert(SPACE, last, Visibility::Shared).unwrap();
+    let of = |gfn: u64| rig.mmu.visibility(Gfn(gfn));
+    assert_eq!(of((1 << 35) - 1), Some(Visibility::Shared));
+    assert_eq!(of((1 << 35) - 513), Some(Visibility::Private));
     let slot = tdp::Slot::new(
         Gfn(1 << 35)..Gfn((1 << 35) + GUEST),
         tdp::LinearBacking::new(Pfn(0), Level::L1),

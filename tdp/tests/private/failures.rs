@@ -3,11 +3,11 @@
 use crate::rig::{Rig, SPACE, fixed, private};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use tdp::protected::tdx::{Call, Operand, Status};
+use tdp::protected::tdx::{Call, Operand, PageInfo, Status};
 use tdp::protected::{HandOffCause, HandOffStep};
 use tdp::{
-    ConvertError, FaultError, Gfn, Level, MemoryFault, OutOfFrames, Outcome, Pfn, ProtectedTable,
-    RetryReason, Visibility,
+    ConvertError, FaultError, Gfn, Host, Level, MemoryFault, OutOfFrames, Outcome, Pfn,
+    ProtectedTable, RetryReason, Visibility,
 };
 
 /// Answers every `every`-th call of a kind as busy.
@@ -195,14 +195,24 @@ fn a_refused_split_is_undone() {
     rig.script.refuse(|call| {
         (call == Call::MemPageDemote).then_some((Status::OperandInvalid, Operand::RCX))
     });
-    assert_eq!(
-        vcpu.fault(private(0).max_level(Level::L1)),
-        Ok(Outcome::MemoryFault(MemoryFault::Refused))
-    );
+    let mut out = Vec::new();
+    for _ in 0..3 {
+        assert_eq!(
+            vcpu.fault(private(0).max_level(Level::L1)),
+            Ok(Outcome::MemoryFault(MemoryFault::Refused))
+        );
+        let frames = rig.mmu.host().frames().allocated();
+        out.push((frames, rig.table().twins_out()));
+    }
     rig.script.clear();
+    // What was to be the table, and its twin, are back each time.
+    assert_eq!(out[1..], [out[0], out[0]]);
     assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
     rig.check();
+    // And the block is not left blocked, which it would take a ticket to undo.
+    let tracks = rig.module_tracks();
     assert_eq!(vcpu.fault(private(1)), Ok(Outcome::Spurious));
+    assert_eq!(rig.module_tracks(), tracks);
 }
 
 /// Of a large leaf that cannot be split nothing is taken away, and the rest of the range is.
@@ -405,4 +415,27 @@ fn a_panic_in_the_removal_of_a_slot_leaves_the_slot() {
     rig.mmu.slots().remove(SPACE, id).unwrap();
     assert_eq!(rig.mmu.stats().pages, [0; 3]);
     rig.check();
+}
+
+/// What every other test goes by: the comparison of the two tables counts all that there is, and notices what is done behind the
+/// library's back.
+#[test]
+fn a_block_that_nobody_asked_for_is_noticed() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in [0, 1, 2, 3, 512] {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let audit = rig.mmu.audit_protected(SPACE);
+    // The tables of the three lower levels; the private half of the root's entries, and all entries of the tables.
+    assert_eq!((audit.leaves, audit.tables, audit.different), (5, 4, 0));
+    assert!(audit.compared > 4 * 512);
+    for (gfn, level) in [(2, Level::L1), (512, Level::L2)] {
+        let info = PageInfo::new(Gfn(gfn).address(), level);
+        assert!(rig.table().td().mem_range_block(info).is_success());
+    }
+    let audit = rig.mmu.audit_protected(SPACE);
+    let (first, _) = audit.first.unwrap();
+    assert_eq!((first.gfn, first.level), (Gfn(2), Level::L1));
+    assert_eq!(audit.different, 2, "the leaf and the table");
 }

@@ -19,14 +19,17 @@ fn a_guest_that_accepts_small_pages_has_the_large_one_split() {
     assert_eq!(rig.mmu.stats().splits, 1);
     rig.check();
     rig.accept(7, Level::L1);
-    // And it stays small: nothing folds it behind the guest's back.
-    assert_eq!(
-        rig.mmu
-            .fold_private(SPACE, Gfn(0)..Gfn(512))
-            .unwrap()
-            .folded,
-        0
-    );
+    for n in (0..512).filter(|&n| n != 7) {
+        rig.accept(n, Level::L1);
+    }
+    // And it stays small, uniform as it is: nothing folds it behind the guest's back until that is allowed again.
+    let fold = || rig.mmu.fold_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    let folded = fold();
+    assert_eq!((folded.folded, rig.mmu.stats().pages), (0, [512, 0, 0]));
+    rig.check();
+    rig.mmu.allow_huge(Gfn(100));
+    let folded = fold();
+    assert_eq!((folded.folded, rig.mmu.stats().pages), (1, [0, 1, 0]));
     rig.check();
 }
 
