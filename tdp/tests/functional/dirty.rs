@@ -104,6 +104,8 @@ both_formats! {
                 assert_eq!(collect(&rig), [0; 0]);
                 write(&mut cpu, 700);
                 assert_eq!(collect(&rig), [700]);
+                rig.mmu.zap_leaves(SPACE, Gfn(FIRST)..Gfn(FIRST + PAGES)).flush();
+                assert_eq!(collect(&rig), [0; 0], "told before it was taken away");
                 log(&rig, SlotFlags::empty());
                 let refused = rig.mmu.dirty_log(SPACE, ID).map(drop);
                 assert_eq!(refused, Err(DirtyLogError::NotLogged { id: ID }));

@@ -417,6 +417,27 @@ fn a_panic_in_the_removal_of_a_slot_leaves_the_slot() {
     rig.check();
 }
 
+/// A table that is taken away gives its frame back, and its twin.
+#[test]
+fn a_table_that_is_gone_is_given_back() {
+    let rig = Rig::running(Level::L1);
+    let out = |rounds: usize| {
+        let mut vcpu = rig.vcpu();
+        for _ in 0..rounds {
+            assert_eq!(vcpu.fault(private(0)), fixed(Level::L1));
+            let removed = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+            assert_eq!((removed.frames, removed.tables), (1, 1));
+        }
+        // What the vCPU keeps for its next faults goes with it.
+        drop(vcpu);
+        rig.mmu.synchronize();
+        let frames = rig.mmu.host().frames().allocated();
+        (frames, rig.table().twins_out())
+    };
+    let once = out(1);
+    assert_eq!(out(5), once);
+}
+
 /// What every other test goes by: the comparison of the two tables counts all that there is, and notices what is done behind the
 /// library's back.
 #[test]
