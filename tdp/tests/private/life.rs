@@ -6,7 +6,8 @@ use std::time::Duration;
 use tdp::protected::HandOffStep;
 use tdp::protected::tdx::{Call, Measured, Operand, Status};
 use tdp::{
-    DumpKind, Gfn, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason, Visibility,
+    DumpKind, Gfn, Gpa, ImageError, Level, MemoryFault, Outcome, Pfn, Phase, RetryReason,
+    Visibility,
 };
 
 fn fault(reason: MemoryFault) -> Result<Outcome, tdp::FaultError> {
@@ -51,6 +52,32 @@ fn an_image_is_measured_in_the_order_of_its_pages() {
     rig.check();
 }
 
+/// Every part of each page is measured, in order and after the page itself, and then the whole is closed.
+#[test]
+fn every_part_of_a_page_is_measured() {
+    let rig = Rig::measuring();
+    let mut image = rig.mmu.build_private().unwrap();
+    for n in [7, 3] {
+        image
+            .add(Gfn(n), Pfn(PRIVATE_PFN.0 + n), Pfn(0x77))
+            .unwrap();
+    }
+    image.finalise().unwrap();
+    let mut expected = Vec::new();
+    for gpa in [0x7000, 0x3000] {
+        let source = Pfn(0x77).address();
+        expected.push(Measured::Page {
+            gpa: Gpa(gpa),
+            source,
+        });
+        let chunks = (gpa..gpa + 0x1000).step_by(256);
+        expected.extend(chunks.map(|gpa| Measured::Chunk { gpa: Gpa(gpa) }));
+    }
+    expected.push(Measured::Final);
+    let measured = rig.table().td().measured();
+    assert!(measured.ends_with(&expected), "{measured:x?}");
+}
+
 #[test]
 fn a_private_fault_links_tables_top_down_and_installs_once() {
     let rig = Rig::running(Level::L1);
@@ -85,7 +112,7 @@ fn an_access_to_the_wrong_half_is_the_embedders() {
     // No slot, and an address wider than both halves.
     assert_eq!(vcpu.fault(private(GUEST)), fault(MemoryFault::NotBacked));
     assert_eq!(
-        vcpu.fault(tdp::Fault::write(tdp::Gpa(1 << 48))),
+        vcpu.fault(tdp::Fault::write(Gpa(1 << 48))),
         fault(MemoryFault::BeyondWidth)
     );
     rig.check();
