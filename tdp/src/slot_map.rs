@@ -191,7 +191,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError::NoSuchSlot`].
+    /// [`SlotError::NoSuchSlot`], [`SlotError::Private`].
     pub fn remove(&self, as_id: AddressSpaceId, id: SlotId) -> Result<(), SlotError> {
         self.remove_lazily(as_id, id).map(RootTeardown::finish)
     }
@@ -204,7 +204,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError::NoSuchSlot`].
+    /// [`SlotError::NoSuchSlot`], [`SlotError::Private`].
     pub fn remove_lazily(
         &self,
         as_id: AddressSpaceId,
@@ -220,7 +220,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError`]; nothing changed.
+    /// [`SlotError`]; nothing changed, but for [`SlotError::Private`], which says what did.
     pub fn move_to(&self, as_id: AddressSpaceId, id: SlotId, start: Gfn) -> Result<(), SlotError> {
         let moved = {
             let writer = self.shared.slots.writer.lock();
@@ -238,7 +238,7 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
     ///
     /// # Errors
     ///
-    /// [`SlotError::NoSuchSlot`], [`SlotError::TooLargeToLog`].
+    /// [`SlotError::NoSuchSlot`], [`SlotError::TooLargeToLog`], [`SlotError::Private`].
     pub fn set_flags(
         &self,
         as_id: AddressSpaceId,
@@ -282,12 +282,15 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         change: impl Fn(Slot<H::Backing>) -> Option<Slot<H::Backing>>,
     ) -> Result<RootTeardown<F, H>, SlotError> {
         let limit = self.limit();
-        // Refused before anything is published, so that the tables stay as they are.
-        let gfns = {
+        // Refused before anything is published, so that the tables stay as they are. The log that a change asks for is made
+        // here: later there is no way back.
+        let (gfns, log) = {
             let visit = self.shared.domain.visit();
             let now = self.shared.slots.visited(&visit);
-            drop(now.changed(as_id, id, limit, &change)?);
-            now.by_id(as_id, id)?.gfns()
+            let then = now.changed(as_id, id, limit, &change)?;
+            let log = then.by_id(as_id, id).ok();
+            let log = log.and_then(|slot| slot.bitmap().cloned());
+            (now.by_id(as_id, id)?.gfns(), log)
         };
         self.change(as_id, id, |slot| Some(slot.changing(true)))?;
         let changing = Changing {
@@ -308,8 +311,9 @@ impl<'a, F: Format, H: Host> Slots<'a, F, H> {
         self.shared
             .remove_private(as_id, gfns)
             .map_err(SlotError::Private)?;
-        // Without memory for a new log the slot stays as it was.
-        self.change(as_id, id, |slot| change(slot.changing(false)))?;
+        self.change(as_id, id, |slot| {
+            change(slot.changing(false)).map(|slot| slot.with_log(log))
+        })?;
         core::mem::forget(changing);
         Ok(teardown)
     }

@@ -189,7 +189,7 @@ impl<B> Slot<B> {
     }
 }
 
-/// A change of the slot map was refused; nothing changed.
+/// A change of the slot map was refused; nothing changed, but for what [`Private`](SlotError::Private) tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
@@ -403,6 +403,12 @@ impl<B> Slot<B> {
         self.start = start;
         self.pages = self.gfns().pages();
         self.settled()
+    }
+
+    /// The same slot with a log that was made for it.
+    pub(crate) fn with_log(mut self, log: Option<Arc<DirtyBitmap>>) -> Self {
+        self.bitmap = log;
+        self
     }
 
     pub(crate) fn changing(mut self, changing: bool) -> Self {

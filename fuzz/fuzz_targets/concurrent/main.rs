@@ -34,7 +34,8 @@ const MOST_OPS: usize = 8;
 /// How often the threads do what they do.
 static ROUNDS: LazyLock<usize> = LazyLock::new(|| {
     let told = std::env::var("TDP_FUZZ_ROUNDS").ok();
-    told.and_then(|n| n.parse().ok()).unwrap_or(4)
+    let told = told.and_then(|n| n.parse().ok());
+    told.filter(|&n| n > 0).unwrap_or(4)
 });
 /// Pauses by which the threads are shifted against each other, at most.
 const MOST_SHIFT: usize = 24;

@@ -10,6 +10,14 @@ use tdp_rcu::sync::{AtomicU64, Ordering};
 /// `include/linux/kvm_host.h`). The marks are 256 MiB then.
 pub(crate) const MOST_FRAMES: u64 = (1 << 31) - 1;
 
+/// Words of the marks of so many frames, if those are not too many.
+fn words_for(frames: u64) -> Option<usize> {
+    if frames > MOST_FRAMES {
+        return None;
+    }
+    usize::try_from(frames.div_ceil(64)).ok()
+}
+
 /// Marks of one slot. Shared by all states of the slot for as long as it is logged. On lines of its own: faults read where the
 /// words are, and who asks for the log counts up the references to it, just before.
 #[derive(Debug)]
@@ -22,12 +30,10 @@ pub(crate) struct DirtyBitmap {
 impl DirtyBitmap {
     /// For `frames` frames, all marked or none. `None` for more than [`MOST_FRAMES`], and without memory for it.
     pub(crate) fn new(frames: u64, marked: bool) -> Option<Self> {
-        let count = usize::try_from(frames.min(MOST_FRAMES + 1).div_ceil(64)).ok()?;
+        let count = words_for(frames)?;
         let mut words = Vec::new();
-        // What a file or another process says decides on the size: running out of memory must not end the host.
-        if frames > MOST_FRAMES || words.try_reserve_exact(count).is_err() {
-            return None;
-        }
+        // What a file or another process says may decide on the size: an allocation that is refused does not end the host.
+        words.try_reserve_exact(count).ok()?;
         words.extend((0..count).map(|_| AtomicU64::new(0)));
         let bitmap = Self {
             words: words.into_boxed_slice(),
@@ -93,5 +99,17 @@ impl DirtyBitmap {
         self.words
             .get(word)
             .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_has_room_for_the_largest_slot_of_kvm_and_no_more() {
+        assert_eq!(words_for(MOST_FRAMES), Some(1 << 25));
+        assert_eq!(words_for(MOST_FRAMES + 1), None);
+        assert_eq!((words_for(1), words_for(65)), (Some(1), Some(2)));
     }
 }

@@ -290,6 +290,25 @@ fn a_fault_is_sent_back_once_by_a_split_and_a_ticket_that_were_given_up() {
     }
 }
 
+/// Nobody waits in the guest for a prefault: it says where it stopped.
+#[test]
+fn a_prefault_stops_at_a_ticket_that_was_given_up() {
+    let rig = Rig::running(Level::L2);
+    let mut vcpu = rig.vcpu();
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
+    leave_blocked(&rig, Call::MemTrack);
+    rig.script.refuse(|call| {
+        (call == Call::MemTrack).then_some((Status::OperandBusy, Operand::TD_EPOCH))
+    });
+    let done = vcpu.prefault(Gfn(0)..Gfn(8), Visibility::Private).unwrap();
+    assert_eq!(done.stopped, Some(Outcome::Retry(RetryReason::Frozen)));
+    assert_eq!(done.next, Gfn(0));
+    rig.script.clear();
+    let done = vcpu.prefault(Gfn(0)..Gfn(8), Visibility::Private).unwrap();
+    assert_eq!((done.stopped, done.next), (None, Gfn(8)));
+    rig.check();
+}
+
 #[test]
 fn a_large_leaf_that_was_left_blocked_is_split_for_a_part_of_it() {
     let rig = Rig::running(Level::L2);
