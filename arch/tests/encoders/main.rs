@@ -483,3 +483,22 @@ proptest! {
         parts_translate_like_the_whole::<Npt>(scene, access, tracked)?;
     }
 }
+
+/// The encoder never sets the third bit of an NPT leaf's PAT index; of a leaf that has it, as another writer's may, the parts
+/// keep it, where the size of the part has it (APM 5.4.1: bit 7 of a small leaf, bit 12 of a large one).
+#[test]
+fn parts_of_a_leaf_keep_its_whole_pat_index() {
+    let whole = Npt::leaf(Pfn(0x4_0000), Level::L3, LeafAttrs::memory(Perms::RWX));
+    let whole = Spte(whole.0 | 1 << 12);
+    let large = Npt::split_child(whole, Level::L3, 3);
+    assert_eq!(large.0 & (1 << 12 | 1 << 7), 1 << 12 | 1 << 7);
+    assert_eq!(
+        Npt::pfn(Spte(large.0 & !(1 << 12))),
+        Pfn(0x4_0000 + 3 * 512)
+    );
+    let small = Npt::split_child(large, Level::L2, 4);
+    assert_eq!(small.0 & (1 << 12 | 1 << 7), 1 << 7);
+    assert_eq!(Npt::pfn(small), Pfn(0x4_0000 + 3 * 512 + 4));
+    let plain = Npt::split_child(Spte(large.0 & !(1 << 12)), Level::L2, 4);
+    assert_eq!(plain.0 & (1 << 12 | 1 << 7), 0);
+}
