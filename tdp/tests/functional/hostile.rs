@@ -6,7 +6,10 @@
 use crate::common::host::{Answer, Memory};
 use crate::common::processor::Processor;
 use crate::common::rig::{ACCESSES, Rig};
-use tdp::{Fault, Gfn, Gpa, Level, Lookup, Mapping, MemoryType, Outcome, Perms, Pfn, Slot};
+use tdp::{
+    Access, AddressSpaceId, Fault, Gfn, Gpa, Level, Lookup, Mapping, MemoryFault, MemoryType,
+    Outcome, Perms, Pfn, Slot,
+};
 
 /// Frames of 46 bits of physical address.
 const FRAMES: u64 = 1 << 34;
@@ -57,6 +60,64 @@ both_formats! {
         }
     }
 
+    /// The processor's last frame is memory as any other, and the one past it is not: for a guest that comes for the first time,
+    /// for one whose vCPU remembers all of the way, and for a bare map.
+    fn the_last_frame_within_reach_is_the_last_that_is_mapped<F>() {
+        let rig = rig_with::<F>();
+        let mut vcpu = rig.vcpu();
+        let answer = |pfn| {
+            let mapping = Mapping::memory(Pfn(pfn), Level::L1, Perms::RWX);
+            rig.host().set_answer(Answer::Fixed(Lookup::Mapped(mapping)));
+            mapping
+        };
+        let fixed = Ok(Outcome::Fixed { level: Level::L1 });
+        let beyond = Ok(Outcome::MemoryFault(MemoryFault::NotBacked));
+        let mut next = 0;
+        for _ in 0..4 {
+            for (pfn, expected) in [(FRAMES, beyond), (FRAMES - 1, fixed)] {
+                let mapping = answer(pfn);
+                for bare in [false, true] {
+                    let gfn = Gfn(next);
+                    next += 1;
+                    let outcome = if bare {
+                        vcpu.map(gfn, mapping, Access::Write)
+                    } else {
+                        vcpu.fault(Fault::write(gfn.address()))
+                    };
+                    assert_eq!(outcome, expected, "{pfn:#x}, bare: {bare}");
+                    if expected == fixed {
+                        rig.assert_maps(&mut vcpu, gfn, Pfn(pfn), Level::L1, Perms::RWX);
+                    } else {
+                        assert_eq!(rig.mmu.translate(AddressSpaceId(0), gfn), None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The last large page of the processor's is mapped by large leaves, by a fault and by a collapse; the one past it is not.
+    fn the_last_large_page_within_reach_is_the_last_that_is_mapped<F>() {
+        let all = Gfn(0)..Gfn(1 << 18);
+        let rig = Rig::<F>::new();
+        let memory = Memory::new(Pfn(FRAMES - 1024), Level::L2);
+        let slot = Slot::new(Gfn(0)..Gfn(2048), memory);
+        rig.mmu.slots().insert(slot).expect("the first slot");
+        let mut vcpu = rig.vcpu();
+        let fault = Fault::write(Gfn(0).address());
+        assert_eq!(vcpu.fault(fault), Ok(Outcome::Fixed { level: Level::L2 }));
+        let last = Gfn(1023).address();
+        let small = Fault::write(last).max_level(Level::L1);
+        assert_eq!(vcpu.fault(small), Ok(Outcome::Fixed { level: Level::L1 }));
+        rig.mmu.collapse(AddressSpaceId(0), all).flush();
+        rig.assert_maps(&mut vcpu, Gfn(1023), Pfn(FRAMES - 1), Level::L2, Perms::RWX);
+        for level in [Level::L1, Level::L2] {
+            let past = Fault::write(Gfn(1024).address()).max_level(level);
+            let outcome = vcpu.fault(past);
+            assert!(matches!(outcome, Ok(Outcome::MemoryFault(_))), "{outcome:?}");
+        }
+        assert_eq!(rig.mmu.stats().pages, [0, 2, 0]);
+    }
+
     /// Permissions that no entry can express. Without mode-based execute control, user fetches are like all others.
     fn permissions_out_of_the_ordinary<F>() {
         for bits in 0..16 {
@@ -90,7 +151,7 @@ both_formats! {
         let rig = Rig::<F>::new();
         let mut cpu = rig.processor(rig.vcpu());
         let mapping = Mapping::memory(Pfn(0x1234), Level::L1, Perms::RX);
-        let outcome = cpu.vcpu.map(Gfn(7), mapping, tdp::Access::Read);
+        let outcome = cpu.vcpu.map(Gfn(7), mapping, Access::Read);
         assert_eq!(outcome, Ok(Outcome::Fixed { level: Level::L1 }));
         for access in ACCESSES {
             let outcome = cpu.vcpu.fault(Fault::new(Gpa(0x7000), access));
