@@ -12,6 +12,8 @@ use tdp::{
 const SPACE: AddressSpaceId = AddressSpaceId(0);
 /// Host frames behind what is shared.
 const SHARED: Pfn = Pfn(0x8_0000);
+/// Frames of 46 bits of physical address.
+const FRAMES: u64 = 1 << 34;
 const FIXED: Result<Outcome, FaultError> = Ok(Outcome::Fixed { level: Level::L1 });
 
 type Hook = Box<dyn FnOnce() + Send>;
@@ -295,6 +297,51 @@ fn a_look_up_that_finds_no_page_is_the_embedders() {
             assert_eq!(vcpu.fault(private(n)), FIXED);
         }
     }
+}
+
+/// The processor's last frame is a page as any other, and the one past it is none: for a vCPU that comes for the first time, for
+/// one that remembers all of the way, in a batch, and where the look-up sleeps.
+#[test]
+fn the_last_frame_within_reach_is_the_last_that_is_mapped() {
+    let (mmu, _) = guest();
+    let none = Ok(Outcome::MemoryFault(MemoryFault::NotBacked));
+    let at = |pfn| Lookup::Mapped(Mapping::memory(Pfn(pfn), Level::L1, Perms::RWX));
+    let mut vcpu = mmu.vcpu().unwrap();
+    let mut next = 0;
+    for _ in 0..3 {
+        for (pfn, expected) in [(FRAMES, none), (FRAMES - 1, FIXED)] {
+            for sleeps in [false, true] {
+                for batched in [false, true] {
+                    if sleeps && batched {
+                        continue;
+                    }
+                    let quick = if sleeps { Lookup::Blocking } else { at(pfn) };
+                    mmu.host().answers().private = Some(quick);
+                    mmu.host().answers().sleeping = Some(at(pfn));
+                    let outcome = if batched {
+                        vcpu.batch().unwrap().fault(private(next))
+                    } else {
+                        vcpu.fault(private(next))
+                    };
+                    assert_eq!(outcome, expected, "{pfn:#x}, {sleeps}, {batched}");
+                    let found = (expected == FIXED).then_some(Pfn(pfn));
+                    assert_eq!(mapped(&mmu, next), found);
+                    next += 1;
+                }
+            }
+        }
+    }
+    // Nor is it one of a run of neighbours.
+    mmu.host().answers().private = None;
+    let last = Slot::new(Gfn(1024)..Gfn(1024 + 16), Pfn(FRAMES - 8));
+    mmu.slots().insert(last).unwrap();
+    let range = Gfn(1024)..Gfn(1024 + 16);
+    let done = vcpu.prefault(range, Visibility::Private).unwrap();
+    assert_eq!((done.next, done.frames), (Gfn(1024 + 8), 8));
+    assert_eq!(Ok(done.stopped.unwrap()), none);
+    assert_eq!(mapped(&mmu, 1024 + 7), Some(Pfn(FRAMES - 1)));
+    assert_eq!(mapped(&mmu, 1024 + 8), None);
+    assert_eq!(mmu.audit_protected(SPACE).different, 0);
 }
 
 /// One call maps neighbours whose pages follow each other. A page that lies elsewhere is mapped as well, by another call.
