@@ -37,6 +37,8 @@ struct State {
     /// The ticket that does not drain.
     held: Option<u64>,
     kicks: u32,
+    /// Busy with every page until it is asked to kick.
+    busy_until_kicked: bool,
     calls: Vec<HandOffStep>,
     twins: u64,
     /// Pages of each call on many entries.
@@ -55,6 +57,9 @@ type Leaked = Arc<Mutex<Vec<(Pfn, Level)>>>;
 impl Scripted {
     fn answer(&self, step: HandOffStep) -> Result<(), Failure> {
         let mut state = self.state.lock().unwrap();
+        if state.busy_until_kicked && step == HandOffStep::Install {
+            return Err(busy(Scope::Entry));
+        }
         state.calls.push(step);
         match state.answers.get_mut(&step).and_then(VecDeque::pop_front) {
             Some(failure) => Err(failure),
@@ -96,7 +101,9 @@ impl ProtectedTable for Scripted {
     }
 
     fn kick(&self) {
-        self.state.lock().unwrap().kicks += 1;
+        let mut state = self.state.lock().unwrap();
+        state.kicks += 1;
+        state.busy_until_kicked = false;
     }
 
     fn link(&self, entry: &FrozenEntry<'_>, _: Pfn) -> Result<(), Failure> {
@@ -939,6 +946,77 @@ fn who_remembers_the_table_looks_at_each_slot_of_it() {
         for n in 0..4 {
             assert_eq!(vcpu.fault(write(base + first + n)), expected, "{first}");
         }
+    }
+    check(&mmu);
+}
+
+/// How often a guest is sent back with its fault on a page, before the fault waits for a module that is busy with it: which it
+/// does by having vCPUs kicked, and then it is settled.
+fn sent_back(mmu: &TestMmu, vcpu: &mut tdp::Vcpu<Ept, SoftwareHost<Scripted>>, gfn: u64) -> u32 {
+    for times in 0..10 {
+        if send_back(mmu, vcpu, gfn) == FIXED {
+            return times;
+        }
+    }
+    panic!("it is sent back for ever");
+}
+
+/// One fault on a page with which the module is busy.
+fn send_back(
+    mmu: &TestMmu,
+    vcpu: &mut tdp::Vcpu<Ept, SoftwareHost<Scripted>>,
+    gfn: u64,
+) -> Result<Outcome, FaultError> {
+    let busy = |on| {
+        mmu.host()
+            .protected_table()
+            .state
+            .lock()
+            .unwrap()
+            .busy_until_kicked = on
+    };
+    busy(true);
+    let outcome = vcpu.fault(write(gfn));
+    busy(false);
+    outcome
+}
+
+const SENT_BACK: Result<Outcome, FaultError> = Ok(Outcome::Retry(RetryReason::Frozen));
+
+/// A guest that comes back for a page too often looks as if it were single-stepped, so the times are counted. Those before the
+/// page was resolved are over with that, whichever way it was resolved, and those of other pages are not.
+#[test]
+fn a_page_that_was_resolved_is_sent_back_as_often_as_a_new_one() {
+    let mmu = usual();
+    let mut vcpu = mmu.vcpu().unwrap();
+    assert_eq!(vcpu.fault(write(100)), FIXED);
+    for round in 0..2 {
+        assert_eq!(send_back(&mmu, &mut vcpu, 4), SENT_BACK);
+        assert_eq!(sent_back(&mmu, &mut vcpu, 3), 3, "round {round}");
+        assert_eq!(sent_back(&mmu, &mut vcpu, 4), 2, "round {round}");
+        mmu.zap_private(SPACE, Gfn(3)..Gfn(5)).unwrap();
+        // Resolved without having been waited for.
+        for _ in 0..3 {
+            assert_eq!(send_back(&mmu, &mut vcpu, 5), SENT_BACK);
+        }
+        assert_eq!(vcpu.fault(write(5)), FIXED);
+        mmu.zap_private(SPACE, Gfn(5)..Gfn(6)).unwrap();
+        check(&mmu);
+    }
+    assert_eq!(mmu.stats().protected.sent_back, 2 * (1 + 3 + 2 + 3));
+}
+
+/// Of more pages than one instruction touches the one that was first sent back is forgotten, and no other.
+#[test]
+fn of_too_many_pages_that_are_sent_back_the_oldest_is_forgotten() {
+    let mmu = usual();
+    let mut vcpu = mmu.vcpu().unwrap();
+    assert_eq!(vcpu.fault(write(100)), FIXED);
+    for n in 0..9 {
+        assert_eq!(send_back(&mmu, &mut vcpu, n), SENT_BACK);
+    }
+    for (n, left) in [(1, 2), (7, 2), (0, 3)] {
+        assert_eq!(sent_back(&mmu, &mut vcpu, n), left, "page {n}");
     }
     check(&mmu);
 }
