@@ -85,6 +85,18 @@ impl ProtectedTable for Least {
 struct WithTwins {
     least: Least,
     left: AtomicUsize,
+    /// How often it was asked and had none.
+    in_vain: AtomicUsize,
+}
+
+impl WithTwins {
+    fn new(capabilities: Capabilities, left: usize) -> Self {
+        Self {
+            least: Least::new(capabilities),
+            left: AtomicUsize::new(left),
+            in_vain: AtomicUsize::new(0),
+        }
+    }
 }
 
 impl ProtectedTable for WithTwins {
@@ -100,8 +112,15 @@ impl ProtectedTable for WithTwins {
             left -= 1;
         }
         self.left.store(left, Ordering::Relaxed);
+        let vain = usize::from(count == 0);
+        let before = self.in_vain.fetch_add(vain, Ordering::Relaxed);
+        assert!(before < 100, "it is asked for ever");
         // It says 0 where it ought to fail.
         Ok(count)
+    }
+
+    fn free_twins(&self, twins: &[Pfn]) {
+        self.left.fetch_add(twins.len(), Ordering::Relaxed);
     }
 
     fn install(&self, entry: &FrozenEntry<'_>, page: Pfn, content: Content) -> Result<(), Failure> {
@@ -257,10 +276,7 @@ fn a_fault_that_finds_no_page_for_a_table_of_the_module_says_so() {
     let without = guest(Least::new(Capabilities::none().needs_link()));
     let mut vcpu = without.vcpu().unwrap();
     assert_eq!(vcpu.fault(private(0)), Err(FaultError::OutOfFrames));
-    let mmu = guest(WithTwins {
-        least: Least::new(Capabilities::none().needs_link()),
-        left: AtomicUsize::new(0),
-    });
+    let mmu = guest(WithTwins::new(Capabilities::none().needs_link(), 0));
     let mut vcpu = mmu.vcpu().unwrap();
     let left = &mmu.host().protected_table().left;
     assert_eq!(vcpu.fault(private(0)), Err(FaultError::OutOfFrames));
@@ -277,14 +293,39 @@ fn a_fault_that_finds_no_page_for_a_table_of_the_module_says_so() {
     assert_eq!(mmu.stats().tables, 2);
 }
 
+/// Fewer pages than a fault may need are no page: the fault ends with an error, and they are kept for the next one, or go home
+/// with the vCPU.
+#[test]
+fn a_fault_that_finds_too_few_pages_for_the_tables_of_the_module_loses_none() {
+    let mmu = guest(WithTwins::new(Capabilities::none().needs_link(), 1));
+    let left = &mmu.host().protected_table().left;
+    let mut vcpu = mmu.vcpu().unwrap();
+    let allocated = mmu.host().frames().allocated();
+    for _ in 0..3 {
+        assert_eq!(vcpu.fault(private(0)), Err(FaultError::OutOfFrames));
+        let batched = vcpu.batch().unwrap().fault(private(0));
+        assert_eq!(batched, Err(FaultError::OutOfFrames));
+    }
+    assert_eq!((mmu.stats().tables, mmu.stats().pages), (0, [0; 3]));
+    assert_eq!(left.load(Ordering::Relaxed), 0);
+    drop(vcpu);
+    assert_eq!(left.load(Ordering::Relaxed), 1, "it is back");
+    assert!(mmu.host().frames().allocated() <= allocated);
+    // What one fault could not use the next one can.
+    let mut vcpu = mmu.vcpu().unwrap();
+    assert_eq!(vcpu.fault(private(0)), Err(FaultError::OutOfFrames));
+    left.store(15, Ordering::Relaxed);
+    assert_eq!(vcpu.fault(private(0)), fixed(Level::L1));
+    drop(vcpu);
+    let tables = mmu.stats().tables as usize;
+    assert_eq!(left.load(Ordering::Relaxed) + tables, 16);
+}
+
 /// A split needs a table and its twin. Without either the large leaf stays the guest's, and nothing that was taken for the
 /// split is lost.
 #[test]
 fn a_split_without_a_page_for_its_table_changes_nothing() {
-    let mmu = guest(WithTwins {
-        least: Least::new(resizing().needs_link()),
-        left: AtomicUsize::new(16),
-    });
+    let mmu = guest(WithTwins::new(resizing().needs_link(), 16));
     let mut vcpu = mmu.vcpu().unwrap();
     assert_eq!(vcpu.fault(private(0)), fixed(Level::L2));
     assert_eq!(mmu.host().protected_table().left.load(Ordering::Relaxed), 0);
