@@ -247,6 +247,23 @@ fn a_removal_of_a_part_fails_with_the_split_that_it_needs() {
     rig.check();
 }
 
+/// Of a block all that counts is that it is there.
+#[test]
+fn a_page_that_is_blocked_already_is_removed() {
+    let rig = Rig::running(Level::L1);
+    let mut vcpu = rig.vcpu();
+    for n in 0..4 {
+        assert_eq!(vcpu.fault(private(n)), fixed(Level::L1));
+    }
+    let info = PageInfo::new(Gfn(2).address(), Level::L1);
+    assert!(rig.table().td().mem_range_block(info).is_success());
+    let removed = rig.mmu.zap_private(SPACE, Gfn(0)..Gfn(4)).unwrap();
+    assert_eq!(removed.frames, 4);
+    assert_eq!(rig.mmu.stats().pages, [0; 3]);
+    assert_eq!(rig.mmu.audit_protected(SPACE).different, 0);
+    assert_eq!(vcpu.fault(private(2)), fixed(Level::L1));
+}
+
 /// Leaves what is mapped from frame 0 on blocked: the hook panics when the ticket is to begin, or later.
 fn leave_blocked(rig: &Rig, call: Call) {
     rig.script.panic_in(call);
