@@ -617,24 +617,189 @@ fn faults_at_shared_addresses_do_not_make_a_vcpu_suspected() {
     assert!(vcpu.is_suspected());
 }
 
+/// Every step from a state to a state that there is; there is no other.
 #[test]
-fn migration_takes_no_step_that_no_call_takes() {
+fn migration_takes_these_steps_and_no_others() {
     use OpState as S;
-    for (from, to) in [
-        (S::Initialized, S::LiveExport),
-        (S::LiveExport, S::Initialized),
-        (S::Runnable, S::Uninitialized),
-        (S::Runnable, S::PostExport),
-        (S::Runnable, S::MemoryImport),
-        (S::LiveExport, S::PostExport),
-        (S::MemoryImport, S::Runnable),
-        (S::LiveImport, S::FailedImport),
-        (S::FailedImport, S::Runnable),
-    ] {
-        let rig = Rig::created(Costs::default(), ());
-        reach(&rig.td, from);
-        rig.refused(|td| td.migrate(to), Status::OpStateIncorrect, Operand::NONE);
+    let all = [
+        S::Uninitialized,
+        S::Initialized,
+        S::Runnable,
+        S::LiveExport,
+        S::PausedExport,
+        S::PostExport,
+        S::MemoryImport,
+        S::StateImport,
+        S::PostImport,
+        S::LiveImport,
+        S::FailedImport,
+    ];
+    let steps = [
+        (S::Runnable, S::LiveExport),
+        (S::LiveExport, S::PausedExport),
+        (S::PausedExport, S::PostExport),
+        // An export that is given up.
+        (S::LiveExport, S::Runnable),
+        (S::PausedExport, S::Runnable),
+        (S::PostExport, S::Runnable),
+        (S::Uninitialized, S::MemoryImport),
+        (S::MemoryImport, S::StateImport),
+        (S::StateImport, S::PostImport),
+        (S::PostImport, S::LiveImport),
+        (S::PostImport, S::Runnable),
+        (S::LiveImport, S::Runnable),
+        // An import that fails before the TD may run.
+        (S::MemoryImport, S::FailedImport),
+        (S::StateImport, S::FailedImport),
+        (S::PostImport, S::FailedImport),
+    ];
+    for from in all {
+        for to in all {
+            let there_is = steps.contains(&(from, to));
+            assert_eq!(from.leads_to(to), there_is, "{from:?} to {to:?}");
+            let rig = Rig::created(Costs::default(), ());
+            reach(&rig.td, from);
+            if there_is {
+                done(rig.td.migrate(to));
+                assert_eq!(rig.td.op_state(), to);
+            } else {
+                rig.refused(|td| td.migrate(to), Status::OpStateIncorrect, Operand::NONE);
+            }
+        }
     }
+}
+
+/// The module's memory need not begin or end with a large page. One of which a part is outside of it is none of the module's.
+#[test]
+fn a_large_page_lies_in_the_memory_of_the_module_as_a_whole() {
+    let page = |pfn: u64| Hpa(pfn << 12);
+    for (memory, whole, parts) in [
+        (0x1001..0x1a00, [0x1200, 0x1800], [0x1000, 0x1a00]),
+        (0x1001..0x19ff, [0x1200, 0x1600], [0x1000, 0x1800]),
+        (0x1001..0x1801, [0x1200, 0x1600], [0x1000, 0x1800]),
+    ] {
+        let config = TdxConfig::new(Pfn(memory.start)..Pfn(memory.end));
+        let module = TdxModule::new(config).unwrap();
+        let [tdr, control, root] = [0x1001, 0x1002, 0x1003].map(page);
+        let td = module.create_td(TdConfig::new(tdr, control, root)).unwrap();
+        done(td.mng_init());
+        for (n, level) in [(0x1004, TOP), (0x1005, HUGE)] {
+            done(td.mem_sept_add(at(0, level), page(n)));
+        }
+        for part in parts {
+            let answer = td.mem_page_aug(at(0, LARGE), page(part));
+            assert!(
+                answer.is(Status::OperandAddrRangeError, Operand::R8),
+                "{part:#x} of {memory:x?}: {answer}"
+            );
+        }
+        for (n, whole) in (0..).zip(whole) {
+            done(td.mem_page_aug(at(n << 21, LARGE), page(whole)));
+        }
+        // The very first page and the very last, and none beside them.
+        assert_eq!(module.page_kind(page(memory.start - 1)), None);
+        let first = module.page_kind(page(memory.start));
+        assert_eq!(first, Some((PageKind::Tdr, PAGE)));
+        assert!(module.page_kind(page(memory.end - 1)).is_some());
+        assert_eq!(module.page_kind(page(memory.end)), None);
+    }
+}
+
+/// The key of one TD is given up, not of all: what belongs to another is not reclaimed with it, nor what belongs to nobody.
+#[test]
+fn a_dead_td_has_none_but_its_own_pages_reclaimed() {
+    let rig = Rig::running();
+    let config = TdConfig::new(page(20), page(21), page(22));
+    let other = rig.module.create_td(config).unwrap();
+    done(other.mng_init());
+    done(other.mem_sept_add(at(0, TOP), page(23)));
+    done(rig.td.mem_page_aug(at(0, PAGE), page(9)));
+    done(rig.td.mng_vpflushdone());
+    done(rig.td.phymem_cache_wb());
+    done(rig.td.mng_key_freeid());
+    let children = other.child_count();
+    // The other's root page, its control page, its root and its table; then a free page.
+    for n in [20, 21, 22, 23, 30] {
+        rig.refused(
+            |td| td.phymem_page_reclaim(page(n)),
+            Status::PageMetadataIncorrect,
+            Operand::RCX,
+        );
+    }
+    assert_eq!(other.child_count(), children);
+    done(other.mem_sept_add(at(0, HUGE), page(24)));
+    done(rig.td.phymem_page_reclaim(page(9)));
+    // Nor is one of its own by the other, which lives.
+    let answer = other.phymem_page_reclaim(page(3));
+    assert!(
+        answer.is(Status::PageMetadataIncorrect, Operand::RCX),
+        "{answer}"
+    );
+}
+
+/// Two TRACKs after a block nobody can have the translation any more, whoever is inside since.
+#[test]
+fn who_entered_two_epochs_after_a_block_is_not_waited_for() {
+    let rig = Rig::created(Costs::default(), ());
+    let td = &rig.td;
+    done(td.mng_init());
+    rig.add_tables();
+    let [mut one, mut two] = [3, 4].map(|n| td.vp_create(control(n)).unwrap());
+    done(td.mr_finalize());
+    rig.map(0, PAGE, page(9));
+    rig.map(0x1000, PAGE, page(10));
+    for gpa in [0, 0x1000] {
+        done(td.mem_range_block(at(gpa, PAGE)));
+    }
+    let inside = |vcpu: &mut tdp::protected::tdx::TdVcpu| {
+        assert!(matches!(vcpu.enter(0), Enter::Inside(_)));
+    };
+    // One epoch later there is room for those from before, and there are none.
+    done(td.mem_track());
+    inside(&mut one);
+    done(td.mem_page_remove(at(0, PAGE)));
+    done(td.mem_track());
+    inside(&mut two);
+    done(td.mem_page_remove(at(0x1000, PAGE)));
+    // Who is inside since the epoch before holds up the next one, and only that.
+    rig.refused(Td::mem_track, Status::PreviousTlbEpochBusy, Operand::NONE);
+    one.exit(Exit::Other { rip: 0 });
+    done(td.mem_track());
+    assert_eq!(rig.module.violation_count(), 0);
+}
+
+/// An address is private if the tables reach it, which may be less than what the shared bit leaves.
+#[test]
+fn an_address_past_the_tables_is_not_private() {
+    let rig = Rig::created(Costs::default(), ());
+    let config = TdConfig {
+        shared_bit: 51,
+        levels: TOP,
+        ..TdConfig::new(page(20), page(21), page(22))
+    };
+    let td = rig.module.create_td(config).unwrap();
+    done(td.mng_init());
+    let limit = 1 << 48;
+    let last = limit - HUGE.bytes() * 512;
+    done(td.mem_sept_add(at(last, TOP), page(23)));
+    for gpa in [limit, limit + HUGE.bytes() * 512, 1 << 51] {
+        let answer = td.mem_sept_add(at(gpa, TOP), page(24));
+        assert!(
+            answer.is(Status::OperandInvalid, Operand::RCX),
+            "{gpa:#x}: {answer}"
+        );
+    }
+}
+
+/// Status and operand both count.
+#[test]
+fn an_answer_is_what_it_says_and_nothing_else() {
+    let rig = Rig::building();
+    let answer = rig.td.mem_page_aug(at(0, PAGE), page(9));
+    assert!(answer.is(Status::EptWalkFailed, Operand::RCX));
+    assert!(!answer.is(Status::EptWalkFailed, Operand::R8));
+    assert!(!answer.is(Status::OperandInvalid, Operand::RCX));
+    assert!(!answer.is(Status::Success, Operand::NONE) && !answer.is_success());
 }
 
 #[test]
