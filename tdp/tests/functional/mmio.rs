@@ -166,6 +166,19 @@ both_formats! {
         assert!(vcpu.is_mmio(gpa));
     }
 
+    /// The tables tell addresses apart as far as they reach. One beyond is not taken for the one that it would be without its high
+    /// bits.
+    fn nothing_is_remembered_of_addresses_beyond_the_tables<F>() {
+        let rig = Rig::<F>::new();
+        let mut vcpu = rig.vcpu();
+        let gpa = Gpa(0x9000);
+        assert_eq!(vcpu.fault(Fault::read(gpa)), Ok(MMIO));
+        assert!(vcpu.is_mmio(gpa));
+        for bit in 48..52 {
+            assert!(!vcpu.is_mmio(Gpa(gpa.0 | 1 << bit)), "bit {bit}");
+        }
+    }
+
     /// The bits that an entry holds of a generation come round. Before any entry could be mistaken for a new one it is swept
     /// out, from the trees of all spaces and kinds; leaves stay.
     fn generations_come_round<F>() {
