@@ -133,6 +133,20 @@ fn impossible_pools_are_refused() {
     assert_says(&error, &frames.to_string());
 }
 
+/// An address space has room for some hundred pools of this size, and for as many as one likes one after another.
+#[test]
+fn a_pool_that_is_gone_leaves_its_addresses() {
+    for n in 0..1024 {
+        let config = PoolConfig {
+            frames: 1 << 26,
+            base: Pfn(0),
+            huge_pages: false,
+        };
+        let pool = MmapPool::new(config);
+        assert!(pool.is_ok(), "no room for pool {n}: {:?}", pool.err());
+    }
+}
+
 #[test]
 fn a_pool_hands_out_what_it_has_and_no_more() {
     for huge_pages in [false, true] {
