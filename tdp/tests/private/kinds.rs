@@ -850,6 +850,33 @@ fn a_conversion_takes_place_in_all_address_spaces() {
     assert_eq!(vcpu.fault(fault.private()), FIXED);
 }
 
+/// Beside what failed the error tells all that was taken away, of every address space.
+#[test]
+fn what_was_removed_beside_a_failure_is_told_of_all_address_spaces() {
+    let other = AddressSpaceId(1);
+    let mmu = building_in(2, Capabilities::none().needs_link().needs_block());
+    let backing = LinearBacking::new(Pfn(0x8_0000), Level::L1).with_private(PRIVATE);
+    mmu.slots()
+        .insert(Slot::new(Gfn(0)..Gfn(4096), backing).in_space(other))
+        .unwrap();
+    mmu.build_private().unwrap().finalise().unwrap();
+    let mut vcpu = mmu.vcpu().unwrap();
+    for space in [SPACE, other] {
+        vcpu.set_address_space(space).unwrap();
+        for n in 0..4 {
+            assert_eq!(vcpu.fault(write(n)), FIXED);
+        }
+    }
+    script(&mmu, HandOffStep::Block, [Failure::Refused(5)]);
+    let error = match mmu.convert(SPACE, Gfn(0)..Gfn(4), Visibility::Shared) {
+        Err(ConvertError::Removal(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((error.failed, error.removed.frames), (1, 7));
+    assert_eq!(error.first.place.as_id, SPACE);
+    assert_eq!(mmu.stats().pages, [1, 0, 0]);
+}
+
 #[test]
 fn a_module_that_cannot_finish_a_call_on_neighbours_gives_the_guest_up() {
     for failure in [Failure::Fatal, Failure::Incomplete(Token(1))] {
