@@ -334,6 +334,41 @@ both_formats! {
         assert!(cpu.touch(page(64), Access::Write).result.is_err());
     }
 
+    /// Of a log that begins full each large page is split when a mark in it is cleared, and no other is; none where they are not to
+    /// be split ahead.
+    fn what_is_cleared_is_split_and_nothing_else<F>() {
+        // Words of the mask, and which of the two large pages they lie in.
+        let cases: [(&[usize], [bool; 2]); 6] = [
+            (&[1], [true, false]),
+            (&[7], [true, false]),
+            (&[10], [false, true]),
+            (&[0, 18], [true, false]),
+            (&[18], [false, false]),
+            (&[2, 3, 12], [true, true]),
+        ];
+        for eager in [true, false] {
+            for (words, splits) in cases {
+                let rig = rig_splitting::<F>(DirtyTracking::WriteProtect, eager);
+                let mut cpu = rig.processor(rig.vcpu());
+                write(&mut cpu, 24);
+                write(&mut cpu, 600);
+                assert_eq!(rig.mmu.stats().pages, [0, 2, 0]);
+                log(&rig, LOG | SlotFlags::LOG_MANUAL | SlotFlags::LOG_INITIALLY_SET);
+                let mut mask = [0; WORDS];
+                for &word in words {
+                    mask[word] = u64::MAX;
+                }
+                let dirty = rig.mmu.dirty_log(SPACE, ID).expect("it is logged");
+                dirty.clear(0, &mask).expect("in range").flush();
+                let level = |offset| rig.mmu.translate(SPACE, Gfn(FIRST + offset)).map(|leaf| leaf.level);
+                for (offset, split) in [24, 600].into_iter().zip(splits) {
+                    let expected = if eager && split { Level::L1 } else { Level::L2 };
+                    assert_eq!(level(offset), Some(expected), "{words:?}, page {offset}, eager: {eager}");
+                }
+            }
+        }
+    }
+
     /// What the processor has logged is handed over.
     fn the_processors_log_is_drained<F>() {
         let rig = rig_with::<F>(DirtyTracking::ModificationLog, AdBits::Processor, Level::L1, 0);
