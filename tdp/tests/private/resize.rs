@@ -51,6 +51,30 @@ fn uniform_tables_are_folded() {
     assert_eq!(vcpu.fault(private(9)), Ok(Outcome::Spurious));
 }
 
+/// Of an image the module takes small pages only. They are not folded before it is closed, whatever the guest may have later: the
+/// module is not even asked.
+#[test]
+fn an_image_is_not_folded_before_it_is_closed() {
+    let rig = Rig::building(Level::L2);
+    let mut image = rig.mmu.build_private().unwrap();
+    for n in 0..512 {
+        image
+            .add(Gfn(n), Pfn(PRIVATE_PFN.0 + n), Pfn(0x77))
+            .unwrap();
+    }
+    let fold = || rig.mmu.fold_private(SPACE, Gfn(0)..Gfn(512)).unwrap();
+    let calls = || rig.mmu.stats().protected.calls.iter().sum::<u64>();
+    let before = calls();
+    let folded = fold();
+    assert_eq!((folded.folded, folded.left), (0, 0));
+    assert_eq!(calls(), before);
+    assert_eq!(rig.mmu.stats().pages, [512, 0, 0]);
+    image.finalise().unwrap();
+    assert_eq!(fold().folded, 1);
+    assert_eq!(rig.mmu.stats().pages, [0, 1, 0]);
+    rig.check();
+}
+
 #[test]
 fn tables_that_are_not_uniform_are_left_as_they_are() {
     let rig = Rig::running(Level::L2);
