@@ -621,6 +621,46 @@ fn what_the_module_has_when_the_mmu_goes_is_leaked() {
     assert!(twins.windows(2).all(|two| two[0] != two[1]));
 }
 
+/// The module hears of no fold that cannot be: where it merges nothing or has small leaves only, and of pages that make no large
+/// one because the first of them is not where a large one begins.
+#[test]
+fn a_fold_that_cannot_be_makes_no_call() {
+    let usual = Capabilities::none().needs_link().needs_block();
+    let aligned = Pfn(0x20_0000);
+    let skewed = |by| Pfn(aligned.0 + by);
+    for (capabilities, first, is_asked) in [
+        (usual.merge().leaves(Level::L1, Level::L2), aligned, true),
+        (usual.merge(), aligned, false),
+        (usual.leaves(Level::L1, Level::L2), aligned, false),
+        (usual.merge().leaves(Level::L1, Level::L2), skewed(1), false),
+        (usual.merge().leaves(Level::L1, Level::L2), skewed(2), false),
+        (
+            usual.merge().leaves(Level::L1, Level::L2),
+            skewed(256),
+            false,
+        ),
+    ] {
+        let mmu = guest(capabilities);
+        let base = 1 << 15;
+        let range = Gfn(base)..Gfn(base + 512);
+        let backing = LinearBacking::new(Pfn(0x8_0000), Level::L1).with_private(first);
+        mmu.slots()
+            .insert(Slot::new(range.clone(), backing))
+            .unwrap();
+        let mut vcpu = mmu.vcpu().unwrap();
+        for n in 0..512 {
+            assert_eq!(vcpu.fault(write(base + n)), FIXED);
+        }
+        let calls = || mmu.stats().protected.calls.iter().sum::<u64>();
+        let before = calls();
+        let folded = mmu.fold_private(SPACE, range);
+        assert_eq!(folded.map(|it| it.folded), Ok(0));
+        assert_eq!(calls() > before, is_asked, "{capabilities:?}, {first:?}");
+        assert_eq!(mmu.stats().pages, [512, 0, 0]);
+        check(&mmu);
+    }
+}
+
 /// The straight way makes a call a few times, then leaves the critical section and goes on outside.
 #[test]
 fn a_module_that_is_busy_for_longer_than_a_section_may_last_is_waited_for_outside() {
