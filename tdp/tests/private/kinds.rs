@@ -808,6 +808,60 @@ fn a_run_of_neighbours_ends_where_a_fault_would_end() {
     check(&mmu);
 }
 
+/// A run that begins in one table does not go on in it as if that had no end.
+#[test]
+fn a_run_of_neighbours_goes_on_in_the_next_table() {
+    let mmu = guest(Capabilities::none().needs_link().needs_block().range_ops());
+    let mut vcpu = mmu.vcpu().unwrap();
+    let range = Gfn(505)..Gfn(530);
+    let done = vcpu.prefault(range.clone(), Visibility::Private).unwrap();
+    assert_eq!((done.frames, done.stopped), (25, None));
+    let mut pages = Vec::new();
+    mmu.visit_private_leaves(SPACE, Gfn(0)..Gfn(1024), |leaf| {
+        pages.push((leaf.gfn.0, leaf.pfn.0));
+    });
+    let expected = (505..530).map(|n| (n, PRIVATE.0 + n));
+    assert!(pages.iter().copied().eq(expected), "{pages:x?}");
+    check(&mmu);
+}
+
+/// Where shared memory is mapped ahead its private neighbours are not.
+#[test]
+fn shared_memory_is_mapped_ahead_without_its_private_neighbours() {
+    let mmu = guest(Capabilities::none().needs_link().needs_block().range_ops());
+    mmu.convert(SPACE, Gfn(0)..Gfn(4), Visibility::Shared)
+        .unwrap();
+    let mut vcpu = mmu.vcpu().unwrap();
+    // Their table is there, and the vCPU has used it.
+    for n in 100..104 {
+        assert_eq!(vcpu.fault(write(n)), FIXED);
+    }
+    let done = vcpu.prefault(Gfn(0)..Gfn(8), Visibility::Shared).unwrap();
+    assert_eq!((done.next, done.frames), (Gfn(4), 4));
+    let stopped = Outcome::MemoryFault(MemoryFault::IsPrivate);
+    assert_eq!(done.stopped, Some(stopped));
+    let mut private = Vec::new();
+    mmu.visit_private_leaves(SPACE, Gfn(0)..Gfn(512), |leaf| private.push(leaf.gfn.0));
+    assert_eq!(private, [100, 101, 102, 103]);
+    check(&mmu);
+}
+
+/// A module that knows no call on many entries gets none.
+#[test]
+fn a_module_without_calls_on_many_entries_takes_neighbours_one_by_one() {
+    let mmu = usual();
+    let mut vcpu = mmu.vcpu().unwrap();
+    let done = vcpu.prefault(Gfn(0)..Gfn(40), Visibility::Private).unwrap();
+    assert_eq!((done.frames, done.stopped), (40, None));
+    let state = mmu.host().protected_table().state.lock().unwrap();
+    assert_eq!(state.runs, [0; 0]);
+    let installs = state
+        .calls
+        .iter()
+        .filter(|&&call| call == HandOffStep::Install);
+    assert_eq!(installs.count(), 40);
+}
+
 #[test]
 fn neighbours_go_through_one_call_as_far_as_the_module_takes_them() {
     let mmu = guest(Capabilities::none().needs_link().needs_block().range_ops());
