@@ -86,6 +86,23 @@ fn collect<F: Processor>(rig: &Rig<F>) -> Vec<u64> {
 }
 
 both_formats! {
+    /// A change that takes away what the slot maps puts the slot back with its log: the one that runs, or one begun by it.
+    fn a_log_outlasts_a_change_of_what_is_permitted<F>() {
+        let tracking = DirtyTracking::WriteProtect;
+        let rig = rig_with::<F>(tracking, AdBits::Processor, Level::L1, 0);
+        let mut cpu = rig.processor(rig.vcpu());
+        log(&rig, LOG | SlotFlags::READ_ONLY);
+        assert_eq!(collect(&rig), [0; 0]);
+        log(&rig, LOG);
+        write(&mut cpu, 5);
+        log(&rig, LOG | SlotFlags::READ_ONLY);
+        log(&rig, LOG);
+        write(&mut cpu, 6);
+        assert_eq!(collect(&rig), [5, 6]);
+        log(&rig, SlotFlags::READ_ONLY);
+        assert!(rig.mmu.dirty_log(SPACE, ID).is_err());
+    }
+
     /// Each page is reported once for all its writes, and again for the next one.
     fn writes_are_logged_until_they_are_collected<F>() {
         for ad_bits in [AdBits::Processor, AdBits::Software] {
